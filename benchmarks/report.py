@@ -428,6 +428,14 @@ def train_headline(rows: list[Row]) -> tuple[str, str, str]:
     return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336'])}", f"{ours / plain:.2f}x PyTorch, compiled by layers too"
 
 
+def fp8_headline(rows: list[Row]) -> tuple[str, str, str]:
+    """Of the largest GPT-2."""
+    c = {row["variant"]: row for row in rows if row["model"] == "1.5B"}
+    ours, plain = c["cs336 fp8"]["tokens_per_second"], c["plain"]["tokens_per_second"]
+    what = "train a GPT-2 of 1.5B, layers' products in fp8"
+    return what, f"{ours / 1e3:.0f}k tokens/s{mfu(c['cs336 fp8'])}", f"{ours / plain:.2f}x PyTorch in bf16"
+
+
 def engine_headline(rows: list[Row]) -> tuple[str, str, str]:
     """Of the first work, beside the fastest engine of another run."""
     best = max((row for row in rows if row["work"] == rows[0]["work"]), key=lambda row: row["tokens_per_second"])
@@ -447,7 +455,7 @@ def attention_headline(rows: list[Row]) -> tuple[str, str, str]:
 
 
 BODIES = {
-    **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights"), train),
+    **dict.fromkeys(("train", "train_deterministic", "train_bf16_weights", "train_fp8"), train),
     "ladder": ladder,
     "recipes": recipes,
     "overhead": overhead,
@@ -496,6 +504,7 @@ BODIES |= dict.fromkeys(
 HEADLINES = {
     "tokenizer": tokenizer_headline,
     "train": train_headline,
+    "train_fp8": fp8_headline,
     "engine": engine_headline,
     "attention": attention_headline,
     "rms_norm": norm_headline,

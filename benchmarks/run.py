@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--steps", type=int, help="in a block; so many that it takes most of a second on an H200")
     train.add_argument("--data", type=pathlib.Path, help="token shards; Zipf-distributed noise if none are given")
     train.add_argument("--no-compile", action="store_true")
-    kinds_of_ours = ("default", "deterministic", "bf16_weights")
+    kinds_of_ours = ("default", "deterministic", "bf16_weights", "fp8")
     train.add_argument("--ours", nargs="+", default=["default"], choices=kinds_of_ours, help="with which options")
     train.add_argument("--whole", action="store_true", help="plain PyTorch compiled whole, too: for minutes, if deep")
     ladder = kinds.add_parser("ladder", help="plain PyTorch, and our pieces put in one after the other")

@@ -175,6 +175,7 @@ SAMPLES: dict[str, Arguments] = {
     "dropout_fwd": _dropout,
     "embedding_bwd": _embedding,
     "scale_": _scale,
+    "fp8_copies": lambda dtype, device: (torch.empty(16, 32, dtype=dtype, device=device), False),
     "gram": lambda dtype, device: (torch.empty(2, 4, 64, dtype=dtype, device=device), None, 1.0, 1.0),
     "linear_invariant": _linear,
     "linear_few_rows": _linear,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, is_integer, new_seed
+from cs336.ops.attention_raw import check_extras, check_numbers, check_slopes
 from cs336.ops.checks import like
 from cs336.ops.paged_attention import (
     MAX_DECODE_QUERIES,
@@ -213,6 +214,8 @@ def flash_attn_with_kvcache(
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dim() != 4 or x.shape[0] != B):
             raise ValueError(f"{name} must be new tokens of q's {B} sequences, (B, N, Hkv, D), got {tuple(x.shape)}")
+    check_numbers(softmax_scale, softcap or None)  # before anything is written
+    check_extras(q.transpose(1, 2), None, alibi_slopes, 0.0, None)
     is_local, causal = (left, right) != (-1, -1), causal or right == 0
     table = _pages(B, cache_batch_idx, q.device) if block_table is None else block_table
     lens = _lengths(cache_seqlens, B, table.shape[-1] * k_cache.shape[1], q.device)
@@ -235,7 +238,7 @@ def flash_attn_with_kvcache(
         q = _rotated(q, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
         steps = torch.arange(k.shape[1], device=q.device)
         k = _rotated(k, rotary_cos, rotary_sin, lens[:, None] + steps, rotary_interleaved)
-    if cache_leftpad is not None:  # before anything is written
+    if cache_leftpad is not None:
         cache_leftpad = _leftpad(cache_leftpad, lens if k is None else lens + k.shape[1])
     if k is not None and v is not None:
         new = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
@@ -379,6 +382,7 @@ def _window(window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _extras(q: Tensor, alibi_slopes: Tensor | None, dropout_p: float) -> tuple:
+    check_slopes(alibi_slopes)
     return alibi_slopes, dropout_p, new_seed(q.device) if dropout_p > 0 else None
 
 

@@ -240,6 +240,7 @@ def test_shards(tokenizer, text_file, tmp_path, capfdbinary):
     out = capfdbinary.readouterr().out
     assert b"tokens/train" in out
     assert b"tokens/val" in out
+    assert out.count(b" pieces of 100 documents, ") == 2
 
 
 def test_encode_of_packed_text_and_of_documents(tokenizer, text_file, tmp_path, capsys):

@@ -17,6 +17,18 @@ def test_debug_shows_the_trace(tmp_path, monkeypatch):
         main(["report", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [("", "give it less at once"), ("8 GiB are too much", "8 GiB are too much")]
+)
+def test_too_little_memory_is_said(tmp_path, monkeypatch, capsys, error, said):
+    def huge(run_dir, output):
+        raise MemoryError(error)
+
+    monkeypatch.setattr("cs336.report.write_report", huge)
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"cs336: the memory of this machine does not suffice: {said}\n"
+
+
 def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
     def broken(run_dir, output):
         raise AssertionError("ours")

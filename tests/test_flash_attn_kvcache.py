@@ -277,12 +277,15 @@ def test_what_is_copied_where_lengths_are_not_read(device, monkeypatch):
         assert part.isfinite().all()
 
 
-def test_padding_is_checked_before_anything_is_written():
+def test_what_is_refused_is_checked_before_anything_is_written():
     _, (k, v), _ = cache(torch.device("cpu"), False, [48])
     before, new = (k.clone(), v.clone()), torch.randn(1, 2, 2, D)
     q, left = torch.randn(1, 2, 4, D), torch.tensor([23], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"from 0 to the length \[22\], got \[23\]"):
         cs336.flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=20, cache_leftpad=left)
+    for wrong in ({"alibi_slopes": torch.ones(3)}, {"softcap": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            cs336.flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=20, **wrong)
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
 

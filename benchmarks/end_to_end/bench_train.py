@@ -128,6 +128,7 @@ def plain(make: Callable[..., Learner], *, whole: bool = False) -> tuple[Learner
 def ways() -> dict[str, Way]:
     """Of training, by the names of their rows."""
     options = {"deterministic": {"deterministic": True}, "bf16_weights": {"precision": "bf16_weights"}}
+    options["fp8"] = {"fp8": True}
     ours = {f"cs336 {name}": functools.partial(trained, **settings) for name, settings in options.items()}
     return {"cs336": trained, **ours, "plain whole": functools.partial(plain, whole=True), "plain": plain}
 

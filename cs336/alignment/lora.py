@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336.models import Transformer
-from cs336.nn import Linear
+from cs336.nn import Linear, is_quantized
 from cs336.nn.linear import linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,8 +67,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.ParameterDict:
     """Put a LoRALinear in the place of each linear layer that is named, freeze all else, and return what learns.
 
     Names in the dictionary are the layers' with "/" for ".", and "a" or "b": what a checkpoint holds.
-    Raises ValueError where no layer has such a name.
+    Raises ValueError where no layer has such a name, and for a quantised model.
     """
+    if is_quantized(model):
+        raise ValueError("the model is quantised: adapt the model that it was made of, then quantise it merged")
     found = [
         (name, module)
         for name, module in model.named_modules()

@@ -23,6 +23,7 @@ from cs336.inference.load import find_model, find_tokenizer, load_model, load_to
 from cs336.inference.vocabulary import ends_of
 from cs336.models import Transformer, save_pretrained
 from cs336.models.huggingface import save_adapter
+from cs336.nn import is_quantized
 from cs336.optim import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig, clip_scale, grad_norm
 from cs336.optim.optimizer import Optimizer
 from cs336.tokenizer import Tokenizer, convert
@@ -31,6 +32,7 @@ from cs336.training.evaluators import Finding
 from cs336.training.loggers import LoggerName
 from cs336.training.objectives import Batch, Terms, gradient_scale, micro_batches
 from cs336.utils.device import pick
+from cs336.utils.files import read_text
 
 DEFAULT_LR = 1e-5
 SMALL = 50_000_000  # parameters
@@ -114,7 +116,7 @@ class Policy:
     """The model that learns, with what makes texts of its tokens.
 
     Raises FileNotFoundError where there is no model or tokenizer, ValueError where they are not of one another, for a
-    template that is none, and for end_tokens that the tokenizer does not have.
+    quantised model, a template that is none, and end_tokens that the tokenizer does not have.
     """
 
     def __init__(self, config: StageConfig):
@@ -123,10 +125,14 @@ class Policy:
         self.config, self.base = config, find_model(config.init_from)
         found = self.base
         self.model = load_model(found, str(self.device), torch.float32)
+        if is_quantized(self.model):
+            raise ValueError(
+                f"{found} is quantised, and its weights would not learn: give the model that it was made of"
+            )
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.tokenizer: Tokenizer = _tokenizer(found, config.tokenizer, self.model)
         if config.chat_template is not None:
-            self.model.chat_template = config.chat_template.read_text(encoding="utf-8")
+            self.model.chat_template = read_text(config.chat_template)
         special = {i: text for text, i in self.tokenizer.special_tokens.items()}
         named = {name: special[i] for name, i in self.model.special_ids.items() if isinstance(i, int) and i in special}
         tokens = {name.removesuffix("_id"): text for name, text in named.items()}

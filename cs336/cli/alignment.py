@@ -103,6 +103,7 @@ def pairs(
     from cs336.alignment.make_pairs import JudgeLabels, VerifierLabels, make_pairs
     from cs336.alignment.rewards import CharactersReward, ExactReward, FormatReward, MathReward
     from cs336.inference import LLM
+    from cs336.utils.files import read_text
     from cs336.verifiers.judge import RUBRIC, Judge, engine_chat, judge_from
 
     if label != "judge" and (judge is not None or rubric is not None):
@@ -112,7 +113,7 @@ def pairs(
     llm = LLM(model, device=device, quiet=True)
     verifiers = {"math": MathReward, "exact": ExactReward, "characters": CharactersReward, "format": FormatReward}
     if label == "judge":
-        text = RUBRIC if rubric is None else rubric.read_text(encoding="utf-8")
+        text = RUBRIC if rubric is None else read_text(rubric)
         own = Judge(engine_chat(llm), text)
         labels: Any = JudgeLabels(own if judge is None else judge_from(judge, judge_model, rubric=text, device=device))
     else:

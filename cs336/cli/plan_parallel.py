@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cs336.cli.common import MaybePath, Path
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from cs336.models import TransformerConfig
     from cs336.parallel import Plan
     from cs336.training import TrainConfig
+
+TOKENS, RUN = "tokens/train", "runs/planned"  # of a run that names none
+BATCH = ("batch_size", "micro_batch_size", "gradient_checkpointing")
 
 
 def parallel(
@@ -45,6 +48,7 @@ def parallel(
     from cs336.inference.load import read_config
     from cs336.parallel import hardware, plan
     from cs336.parallel.planner import table
+    from cs336.utils.config import dumps
 
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
@@ -83,9 +87,14 @@ def parallel(
     if ready is None:
         return
     if write is not None:
-        write.write_text(_text(ready, with_model=True), encoding="utf-8")
-    print(f"\n{_command(gpus, device.tiers[0].ranks, write or Path('run.toml'))}")
-    print("with" if write is None else f"{write} has", end=f"\n\n{_text(ready, with_model=False)}")
+        write.write_text(dumps(_settings(ready) | {"model": ready.model}), encoding="utf-8")
+    start = _start(gpus, device.tiers[0].ranks)
+    run = _run_table(model) if write is None else None
+    if run is not None:
+        print(f"\n{start} train --config {model}{_options(ready, run, context_length)}")
+        return
+    print(f"\n{start} train --config {write or 'run.toml'} --data.train {TOKENS} --run-dir {RUN}")
+    print("with the model and" if write is None else f"{write} has", end=f"\n\n{dumps(_settings(ready))}")
 
 
 def _batch_size(model: Path, gpus: int) -> tuple[int, str]:
@@ -112,8 +121,8 @@ def _first_trained(
         if parallel in refused:
             continue
         config = TrainConfig(
-            run_dir=Path("runs/planned"),
-            data=DataConfig(Path("tokens/train")),
+            run_dir=Path(RUN),
+            data=DataConfig(Path(TOKENS)),
             model=model,
             batch_size=batch_size,
             micro_batch_size=layout.micro_batch,
@@ -127,22 +136,50 @@ def _first_trained(
     return None, next(iter(refused.values()), None)
 
 
-def _text(config: "TrainConfig", *, with_model: bool) -> str:
-    """What a plan says of a run, as TOML."""
+def _settings(config: "TrainConfig") -> dict[str, Any]:
+    """What a plan says of a run: its batch and its split, as in a TOML file."""
     from cs336.parallel import ParallelConfig
-    from cs336.parallel.layout import AXES
-    from cs336.utils.config import dumps, to_table
+    from cs336.utils.config import to_table
 
     table = to_table(config)
-    keys = ("batch_size", "micro_batch_size", "gradient_checkpointing", *(("model",) if with_model else ()))
-    axes = {axis: size for axis, size in table["parallel"].items() if axis in (*AXES, "zero")}
-    split = {axis: size for axis, size in axes.items() if axis == "data" or size != getattr(ParallelConfig, axis)}
-    return dumps({key: table[key] for key in keys} | {"parallel": split})
+    split = {axis: table["parallel"][axis] for axis in _axes()}
+    split = {axis: size for axis, size in split.items() if axis == "data" or size != getattr(ParallelConfig, axis)}
+    return {key: table[key] for key in BATCH} | {"parallel": split}
 
 
-def _command(gpus: int, ranks: int, path: Path) -> str:
-    """What starts the run, with `ranks` GPUs in a host."""
+def _axes() -> tuple[str, ...]:
+    from cs336.parallel.layout import AXES
+
+    return (*AXES, "zero")
+
+
+def _run_table(path: Path) -> dict[str, Any] | None:
+    """The TOML file of a run, with a model among other settings; None where `path` is none."""
+    from cs336.utils.config import read_table
+
+    table = read_table(path) if path.suffix == ".toml" else {}
+    return table if "model" in table else None
+
+
+def _options(config: "TrainConfig", run: dict[str, Any], context_length: int | None) -> str:
+    """What a plan says of a run that is not in the run's file, and what that lacks to be started, as options."""
+    planned = _settings(config)
+    split = {axis: getattr(config.parallel, axis) for axis in _axes()}
+    options = {key: planned[key] for key in BATCH if planned[key] != run.get(key)}
+    if context_length not in (None, run["model"].get("context_length")):
+        options["model.context_length"] = context_length
+    there = run.get("parallel", {})
+    said = {axis: size for axis, size in split.items() if axis in planned["parallel"] or axis in there}
+    options |= {f"parallel.{axis}": size for axis, size in said.items() if size != there.get(axis)}
+    if "train" not in run.get("data", {}):
+        options["data.train"] = TOKENS
+    if "run_dir" not in run:
+        options["run_dir"] = RUN
+    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in options.items())
+
+
+def _start(gpus: int, ranks: int) -> str:
+    """What starts a program on all GPUs, with `ranks` of them in a host."""
     here = gpus if gpus <= ranks else math.gcd(gpus, ranks)
     hosts = f"--nnodes={gpus // here}" if gpus > here else "--standalone"
-    start = "cs336" if gpus == 1 else f"torchrun {hosts} --nproc_per_node={here} -m cs336"
-    return f"{start} train --config {path} --data.train tokens/train --run-dir runs/planned"
+    return "cs336" if gpus == 1 else f"torchrun {hosts} --nproc_per_node={here} -m cs336"

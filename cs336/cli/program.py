@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `cs336 ... | head`
         _drop_output()
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError) as error:
         if os.environ.get("CS336_DEBUG") == "1":
             raise
         hint = " (CS336_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
@@ -280,6 +280,8 @@ def _check_place(arguments: list[str]) -> None:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"the memory of this machine does not suffice: {str(error) or 'give it less at once'}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of write(), which names nothing

@@ -20,6 +20,13 @@ from cs336.cli.common import (
 )
 from cs336.utils.terminal import visible
 
+# Names of cs336.inference, which takes a second to import.
+ToolParserName = Literal[
+    "hermes", "qwen3_coder", "glm45", "llama3_json", "pythonic", "olmo3", "mistral", "mistral_args", "deepseek_v3",
+    "deepseek_v31", "granite", "cohere", "gpt_oss",
+]  # fmt: skip
+ReasoningParserName = Literal["gpt_oss", "think", "granite", "mistral", "cohere", "none"]
+
 
 @Late
 def serve(arguments: list[str]) -> Run:
@@ -36,13 +43,16 @@ def serve(arguments: list[str]) -> Run:
         draft: Draft = None,
         device: Device = "auto",
         dtype: WeightType = "auto",
-        tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None,
+        tool_parser: ToolParserName | None = None,
+        reasoning_parser: ReasoningParserName | None = None,
         server: Annotated[ServerConfig, arg(name="")] = ServerConfig(),  # noqa: B008 (frozen)
         engine: Annotated[EngineConfig, arg(name="")] = EngineConfig(),  # noqa: B008 (frozen)
     ) -> None:
         """
         Args:
             tool_parser: how the model writes calls of tools; as its chat template shows if none.
+            reasoning_parser: how it writes what it thinks before it answers, none for text as any; as its chat template
+                shows if left out.
         """
         try:
             from cs336.inference.server.serve import serve as listen
@@ -52,7 +62,8 @@ def serve(arguments: list[str]) -> Run:
         if rank() == 0:
             check_free(server.host, server.port)
         read = {"draft": draft, "device": device, "dtype": weight_dtype(dtype), "tensor_parallel": True}
-        listen(LLM(model, tokenizer, tool_parser=tool_parser, **read, **vars(engine)), server)
+        read |= {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
+        listen(LLM(model, tokenizer, **read, **vars(engine)), server)
 
     return run
 

@@ -77,13 +77,18 @@ def encode(
 
     loaded = convert.load(tokenizer)
     if shards is not None:
-        from cs336.data import for_split, tokenize_corpus, tokenize_documents
+        from cs336.data import tokenize_corpus, tokenize_documents
+        from cs336.data.corpus import FEW, for_split
 
         if not inputs:
             raise ValueError("--shards needs files or directories to read")
         documents = read_documents(inputs, text_field=text_field, metadata=False)
+        what = "documents"
         if val_fraction != 0:
-            fraction, documents = for_split(documents, val_fraction)
+            head = list(itertools.islice(documents, FEW))
+            if len(head) < FEW:
+                what = f"pieces of {len(head)} document{'s' * (len(head) != 1)}"
+            fraction, documents = for_split(itertools.chain(head, documents), val_fraction)
             train, val = tokenize_corpus(
                 documents, loaded, shards, eot_token=eot_token, val_fraction=fraction, progress=True
             )
@@ -91,7 +96,7 @@ def encode(
         else:
             written = {shards: tokenize_documents(documents, loaded, shards, eot_token=eot_token, progress=True)}
         for place, meta in written.items():
-            print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} documents, {meta.text_bytes:,} bytes of text")
+            print(f"{place}: {meta.tokens:,} tokens of {meta.documents:,} {what}, {meta.text_bytes:,} bytes of text")
         return
     if separate := [path for path in inputs if path.exists() and holds_documents(path, text_field)]:
         raise ValueError(f"{separate[0]} holds separate documents: give --shards DIRECTORY to encode them")

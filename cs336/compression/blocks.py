@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.nn import Context, Linear
-from cs336.nn.quantized import QuantizedLinear
+from cs336.nn.quantized import is_quantized
 
 KEPT = ("router", "shared_gate", "kv_b_proj")
 # A router's choice hangs on few weights; latent attention takes the last one apart.
@@ -80,7 +80,7 @@ class Walk:
 
 
 def refuse_quantized(model: Transformer) -> None:
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if is_quantized(model):
         raise ValueError("the model is quantised: prune it first, then quantise what is left")
 
 

@@ -18,6 +18,8 @@ from cs336.inference.load import find_model, load_model, load_tokenizer, read_co
 from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.inference.vocabulary import check_same_tokens
 from cs336.models import Transformer, TransformerConfig, save_pretrained
+from cs336.models.huggingface import has_weights
+from cs336.nn import is_quantized
 from cs336.optim import AdamW, clip_scale, cosine_schedule, grad_norm
 from cs336.training import load_checkpoint, save_checkpoint
 from cs336.utils.device import pick
@@ -105,10 +107,11 @@ class _Job:
         check_same_tokens(load_tokenizer(self.teacher), load_tokenizer(self.student), str(self.student))
         both, settings = (self.teacher, self.student, self.text), asdict(self.config)
         named = {name: settings[name] for name in ("top_k", "samples")}
+        student, whole = (self._learn, ("config.json",), both, settings), functools.partial(has_weights, self.out)
         stages = [
             Stage("tokens", "text to learn from", self._tokenize, (f"{SHARDS}/meta.json",), both, kept=(SHARDS,)),
             Stage("teacher", "what it expects", self._expect, (f"{TOPS}/index.json",), both, named, kept=(TOPS,)),
-            Stage("learn", "the student", self._learn, ("config.json",), both, settings, kept=(CHECKPOINT,)),
+            Stage("learn", "the student", *student, kept=(CHECKPOINT,), is_whole=whole),
             Stage("measure", "held-out text", self._measure, (RESULT,), both, settings),
         ]
         run_stages(self.out, stages)
@@ -145,6 +148,8 @@ class _Job:
     def _learn(self) -> Outcome:
         config, windows, tops = self.config, self._windows, TopLogits(self.out / TOPS)
         student, read = self._load(self.student).train(), windows.read(config.samples)
+        if is_quantized(student):
+            raise ValueError(f"{self.student} is quantised, and would not learn: give the model that it was made of")
         optimizer = AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
         objective, path, step = Distill(config.divergence, config.cross_entropy), self.out / CHECKPOINT, 0
         if path.exists():

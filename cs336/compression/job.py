@@ -16,6 +16,7 @@ from cs336.compression.pruning import prune_weights_, zeros
 from cs336.inference.load import find_model, load_model, load_tokenizer
 from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.models import Transformer, save_pretrained
+from cs336.models.huggingface import has_weights
 from cs336.utils.device import pick
 from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
@@ -100,9 +101,10 @@ class _Job:
     def run(self) -> Pruned:
         inputs = self.found, self.text
         settings = {"method": self.method, "samples": self.samples, **self.options}
+        whole = functools.partial(has_weights, self.out)
         stages = [
             Stage("tokens", "calibration text", self._tokenize, (f"{SHARDS}/meta.json",), inputs, kept=(SHARDS,)),
-            Stage("prune", self.method, self._prune, ("config.json",), inputs, settings),
+            Stage("prune", self.method, self._prune, ("config.json",), inputs, settings, is_whole=whole),
             Stage("measure", "bits per byte", self._measure, (RESULT,), inputs, settings),
         ]
         run_stages(self.out, stages)

@@ -84,7 +84,7 @@ def evaluate(
         windows = min(len(data), max(1, most_tokens // context))
         loss = mean_loss(model, data, most_windows=windows)
         if windows < len(data):
-            how += f", {windows / len(data):.0%} of them"
+            how += f", {windows:,} of {len(data):,} such windows, spread evenly"
     train_text = None if train is None else _first(texts(train, tokenizer), MOST_COUNTED)
     others = baselines(train_text, texts(held_out, tokenizer), train, held_out)
     bits = bits_per_byte(loss, data.meta.tokens, data.meta.text_bytes)

@@ -13,6 +13,7 @@ the order of the losses.
 """
 
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -177,9 +178,21 @@ def read_submissions(root: str | os.PathLike) -> list[dict[str, Any]]:
             entry = json.loads(path.read_text(encoding="utf-8"))
             entry["name"] = path.parent.name
             found.append({key: entry[key] for key in (*SHOWN, "rule", "budget", "author", "text", "flops", "seconds")})
-        except (ValueError, KeyError, TypeError) as error:
+            _check(found[-1])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a submission: {error!r}") from None
     return found
+
+
+def _check(entry: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value of another kind: NaN is no loss, and fewer than no bits beat everybody's."""
+    for key in ("bits_per_byte", "loss", "parameters", "tokens", "flops", "seconds"):
+        value = entry[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{key} must be a positive, finite number, got {value!r:.80}")
+    for key in ("rule", "budget", "author", "text", "tokenizer", "device", "commit"):
+        if not isinstance(entry[key], str) and (key != "commit" or entry[key] is not None):
+            raise ValueError(f"{key} must be a text, got {entry[key]!r:.80}")
 
 
 SHOWN = ("name", "bits_per_byte", "loss", "parameters", "tokens", "tokenizer", "device", "commit")
@@ -200,6 +213,7 @@ def markdown(submissions: Sequence[Mapping[str, Any]]) -> str:
             rows = sorted((e for e in of if e["text"] == text), key=lambda e: e["bits_per_byte"])
             parts += ["", f"On {text} of held-out text:", "", f"| | {' | '.join(HEADS)} |", f"| ---: {ALIGN}|"]
             parts += [f"| {place} | {' | '.join(_cells(entry))} |" for place, entry in enumerate(rows, 1)]
+    broken += [f"{e['name']}: there is no rule {e['rule']!r}" for e in submissions if e["rule"] not in rules()]
     if broken:
         parts += ["", "Left out, for they break their rule: " + "; ".join(broken) + "."]
     return "\n".join(parts) + "\n"

@@ -13,28 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cs336.inference.tool_parser import ToolFormat, format_of
+from cs336.inference.reasoning import ReasoningFormat, reasoning_of
+from cs336.inference.template_sandbox import Sandbox
+from cs336.inference.tool_formats import ToolFormat, format_of
+from cs336.models.huggingface.fields import read_json
+from cs336.utils.files import read_text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_STOP = ("<|im_end|>",)
-LONGEST = 1 << 22  # characters of a conversation: a template that loops forever ends there
-
-
-class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}, which marks what an assistant said, stands for its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (as in jinja2)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 class ChatTemplate:
@@ -52,9 +42,7 @@ class ChatTemplate:
     ):
         self.is_default = template is None
         self._special_tokens = dict(special_tokens or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = self._environment = Sandbox()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
@@ -63,10 +51,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(self._source)
             self._with_tools = environment.from_string(self._source_with_tools)
-            names = environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not Jinja: {error}") from None
-        self.takes_tools = any(node.name == "tools" and node.ctx == "load" for node in names)
+            names = [*environment.parse(self._source_with_tools).find_all(jinja2.nodes.Name)]
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template is not Jinja: {error or 'it nests too deep'}") from None
+        self._names = {node.name for node in names if node.ctx == "load"}
+        self._tools_name = next((name for name in ("tools", "xml_tools") if name in self._names), None)  # SmolLM3's
+        self.takes_tools = self._tools_name is not None
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -78,21 +68,33 @@ class ChatTemplate:
         """How the model writes calls of tools, where the template shows it."""
         return format_of(self._source_with_tools)
 
+    @functools.cached_property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """How the model writes what it thinks before it answers, where the template shows it."""
+        return reasoning_of(self._source_with_tools)
+
+    def of_effort(self, effort: str) -> dict[str, Any]:
+        """What the template may know of OpenAI's `reasoning_effort`. Raises ValueError where it takes nothing of it."""
+        if "reasoning_effort" in self._names:
+            return {"reasoning_effort": effort}
+        if effort == "none" and "enable_thinking" in self._names:
+            return {"enable_thinking": False}
+        raise ValueError(f"reasoning_effort {effort!r} is nothing that this model's chat template takes: leave it out")
+
     @classmethod
     def find(cls, directory: pathlib.Path) -> "ChatTemplate":
         """The one of a model's directory: chat_template.jinja, or in tokenizer_config.json; the default without any."""
         config: dict[str, Any] = {}
         if (file := directory / "tokenizer_config.json").exists():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is not JSON: {error}") from None
+            config = read_json(file)
         template, with_tools = config.get("chat_template"), None
         if isinstance(template, list):  # several, by their names
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template, with_tools = named.get("default"), named.get("tool_use")
         if (file := directory / "chat_template.jinja").exists():
-            template = with_tools = file.read_text(encoding="utf-8")
+            template = with_tools = read_text(file)
+        if bad := [t for t in (template, with_tools) if not isinstance(t, str | None)]:
+            raise ValueError(f"{directory / 'tokenizer_config.json'} has the chat template {bad[0]!r:.80}, no text")
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         return cls(template, {name: text for name, text in tokens.items() if isinstance(text, str)}, with_tools)
 
@@ -123,24 +125,32 @@ class ChatTemplate:
             )
         with_calls = any("tool_calls" in message for message in plain)
         if with_calls and "tool_calls" not in self._source_with_tools:
-            raise ValueError("this model's chat template has no place for tool_calls: take a model whose template has")
+            if self.tool_format is None:
+                raise ValueError(
+                    "this model's chat template has no place for tool_calls: take a model whose template has"
+                )
+            plain = [_with_written_calls(message, self.tool_format) for message in plain]
         own = {"messages": plain, "add_generation_prompt": add_generation_prompt}
-        if tools:
-            own["tools"] = [dict(tool) for tool in tools]
+        if tools and self._tools_name is not None:
+            own[self._tools_name] = [dict(tool) for tool in tools]
         nothing = {
             "tools": None,
             "documents": None,
         }  # as in transformers: many templates ask no more than "is not none"
         known = self._special_tokens | nothing | dict(extra or {}) | own
-        pieces, length = [], 0
+        template = self._with_tools if tools or with_calls else self._template
         try:
-            for piece in (self._with_tools if tools or with_calls else self._template).generate(known):
-                pieces.append(piece)
-                if (length := length + len(piece)) > LONGEST:
-                    raise ValueError(f"the chat template writes more than {LONGEST} characters")
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            try:
+                return self._environment.write(template, known)
+            except TypeError:  # DeepSeek's join the text of arguments to others
+                if not with_calls:
+                    raise
+                texts = known | {"messages": [_with_texts(message) for message in plain]}
+                return self._environment.write(template, texts)
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return "".join(pieces)
+        except (RecursionError, MemoryError) as error:
+            raise ValueError(f"the chat template takes too much for these messages: {error}") from None
 
 
 def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +167,11 @@ def _plain(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {**message, "content": content or ""}
     if calls := plain.pop("tool_calls", None):
         plain["tool_calls"] = _plain_calls(f"messages.{i}.tool_calls", calls)
+    thought = message.get("reasoning_content")
+    if not isinstance(thought, str | None):
+        raise ValueError(f"messages.{i}.reasoning_content must be a text, got {thought!r:.80}")
+    if thought and not (calls and content):  # gpt-oss's name of it, whose template takes one of both beside calls
+        plain["thinking"] = thought
     return plain
 
 
@@ -183,6 +198,23 @@ def _plain_calls(at: str, calls: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{at}.{i}.function.arguments must be an object, as JSON, got {arguments!r:.80}")
         plain.append({**call, "function": {**function, "arguments": arguments}})
     return plain
+
+
+def _with_written_calls(message: Mapping[str, Any], format: ToolFormat) -> dict[str, Any]:
+    """With calls in its content, as the model wrote them."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    calls = [(function["name"], function["arguments"]) for function in functions]
+    written = message["content"] + (format.write(calls) if calls else "")
+    return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": written}
+
+
+def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """With arguments of calls as texts of JSON."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else {**message}
 
 
 def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:

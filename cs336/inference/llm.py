@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from cs336.inference import ranks
+from cs336.inference.answer import Reader, new_reader, read_answer
+from cs336.inference.answer_grammar import constrained
 from cs336.inference.beams import Beam, BeamParams, beam_search_ids
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.engine import Engine, EngineConfig, Request
 from cs336.inference.load import find_model, load_model, load_tokenizer, weight_dtype
 from cs336.inference.outputs import CompletionOutput, RequestOutput, Token, warn_if_cut
+from cs336.inference.reasoning import REASONING, Place, ReasoningFormat
 from cs336.inference.sampling import SamplingParams
-from cs336.inference.tool_parser import FORMATS, ToolFormat, ToolParser, read_answer
+from cs336.inference.tool_formats import FORMATS, ToolFormat
 from cs336.inference.tools import Tools
 from cs336.inference.vocabulary import begins_text, check_same_tokens, encode_prompts, unused_ids
 from cs336.models import Transformer
@@ -47,8 +50,10 @@ class LLM:
             files if None or "auto".
         tensor_parallel: divide a model that is read among the processes that torchrun started, if it did; each makes an
             LLM, and all are asked the same, in the same order.
-        tool_parser: how the model writes calls of tools, hermes, llama3_json or mistral; as its chat template shows if
+        tool_parser: how the model writes calls of tools, one of tool_formats.FORMATS; as its chat template shows if
             None.
+        reasoning_parser: how it writes what it thinks before it answers, one of reasoning.REASONING; "none": that is
+            text as any; as its chat template shows if None.
         quiet: do not print on stderr what the memory is for.
         options: of EngineConfig, max_seqs, max_len, num_pages and more.
 
@@ -66,6 +71,7 @@ class LLM:
         draft: str | os.PathLike | Transformer | None = None,
         tensor_parallel: bool = False,
         tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
         quiet: bool = False,
         **options: Any,
     ):
@@ -73,7 +79,10 @@ class LLM:
         dtype = weight_dtype(dtype)
         if tool_parser not in (None, *FORMATS):
             raise ValueError(f"tool_parser must be one of {', '.join(FORMATS)}, got {tool_parser!r:.80}")
-        self._tool_parser = tool_parser
+        if reasoning_parser not in (None, "none", *REASONING):
+            known = ", ".join([*REASONING, "none"])
+            raise ValueError(f"reasoning_parser must be one of {known}, got {reasoning_parser!r:.80}")
+        self._tool_parser, self._reasoning_parser = tool_parser, reasoning_parser
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = convert.load(tokenizer)
         if not isinstance(model, Transformer):
@@ -157,46 +166,47 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: lists of {"role": ..., "content": ...}, written by the chat template.
 
-        tools, tool_choice, parallel_tool_calls: OpenAI's. `text` is what the model wrote, `message` has its calls.
+        tools, tool_choice, parallel_tool_calls: OpenAI's. `text` is what the model wrote, `message` has its calls, and
+            apart from its answer what it thought.
+        chat_template_kwargs: what else the template may know, {"enable_thinking": False} and the like.
         Raises ValueError where the chat template has no place for tools, or does not show how calls are written.
         """
         asked = Tools(tools, tool_choice, parallel_tool_calls)
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
         given = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
         ending = [dataclasses.replace(p, stop=(*p.stop, *self.chat_template.stop)) for p in given]
-        prompts = [self.chat_template.render(m, tools=asked.offered) for m in several]  # type: ignore[arg-type]
-        outputs = self.generate(prompts, [self.calling(p, asked) for p in ending])
-        return [dataclasses.replace(o, outputs=[self._read(c, asked) for c in o.outputs]) for o in outputs]
+        prompts = [
+            self.chat_template.render(m, tools=asked.offered, extra=chat_template_kwargs)  # type: ignore[arg-type]
+            for m in several
+        ]
+        outputs = self.generate(prompts, [self.calling(p, asked, t) for p, t in zip(ending, prompts, strict=True)])
+        return [
+            dataclasses.replace(output, outputs=[self._read(one, asked, prompt) for one in output.outputs])
+            for output, prompt in zip(outputs, prompts, strict=True)
+        ]
 
-    def calling(self, params: SamplingParams, tools: Tools) -> SamplingParams:
-        """For an answer that may call tools: where it must, it can be nothing but calls.
+    def calling(self, params: SamplingParams, tools: Tools, prompt: str) -> SamplingParams:
+        """For an answer that may call tools, by the grammar of answer_grammar.constrained.
 
-        Raises ValueError where it must be something else, for schemas that cannot be followed, and where it is not
-        known how the model writes calls.
+        Raises ValueError where that does, and where it is not known how the model writes calls.
         """
-        if not tools.offered:
-            return params
-        if params.grammar is not None:
-            raise ValueError(
-                f"{params.grammar[0]} says what the text must be, which leaves no room for calls of tools: leave out "
-                'one of them, or give tool_choice "none"'
-            )
-        if not tools.must:
-            self._tool_format  # noqa: B018 (it must be known)
-            return params
-        if params.min_tokens:
-            raise ValueError("tool_choice says where a text may end, and min_tokens does: give one of them")
+        format = self._tool_format if tools.offered else None
         specials = {} if self.tokenizer is None else self.tokenizer.special_tokens
-        return dataclasses.replace(params, lark=tools.grammar(self._tool_format, specials))
+        return constrained(params, tools, format, *self._reasoning(prompt), specials)
 
-    def tool_parser(self, tools: Tools) -> ToolParser | None:
-        """For one answer; None where nothing may be called."""
-        if not tools.offered:
-            return None
-        return ToolParser(self._tool_format, tools.names, parallel=tools.parallel, forced=bool(tools.must))
+    def reader(self, tools: Tools, prompt: str) -> Reader:
+        """For one answer to this prompt."""
+        return new_reader(tools, self._tool_format if tools.offered else None, *self._reasoning(prompt))
+
+    def _reasoning(self, prompt: str) -> tuple[ReasoningFormat | None, Place]:
+        """How the model writes it, and where the answer to a prompt begins."""
+        named = self._reasoning_parser
+        found = self.chat_template.reasoning_format if named is None else REASONING.get(named)
+        return found, "behind" if found is None else found.place(prompt)
 
     @property
     def _tool_format(self) -> ToolFormat:
@@ -208,8 +218,8 @@ class LLM:
             )
         return found
 
-    def _read(self, output: CompletionOutput, tools: Tools) -> CompletionOutput:
-        message, reason = read_answer(output.text, output.finish_reason, self.tool_parser(tools))
+    def _read(self, output: CompletionOutput, tools: Tools, prompt: str) -> CompletionOutput:
+        message, reason = read_answer(output.text, output.finish_reason, self.reader(tools, prompt))
         return dataclasses.replace(output, message=message, finish_reason=reason)
 
     def beam_search(
@@ -298,7 +308,7 @@ class LLM:
             if not prompts.ndim:
                 raise ValueError("a prompt is a list of ids, got one number")
             prompts = prompts.tolist()
-        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
             raise ValueError(f"a prompt is a text or a list of token ids, got {prompts!r:.80}")
         listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if listed and isinstance(listed[0], Integral):

@@ -20,11 +20,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another name."""
-    if dtype is None or isinstance(dtype, torch.dtype):
+    """Of its name, or "auto": None, for as the weights were saved. Raises ValueError for another."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return dtype
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own, got {dtype!r}")
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, or torch's own of these, got {dtype!r}")
     return None if dtype == "auto" else getattr(torch, dtype)
 
 
@@ -50,7 +50,7 @@ def load_model(
                 f"{path} is a checkpoint outside its run directory: {described}, which describes it, is not there"
             )
         config = TrainConfig.from_toml(described).model
-    model = Transformer(config.within(max_len), device=pick(device))
+    model = Transformer.within(config, max_len, pick(device))
     load_checkpoint(path, model)
     return model.to(dtype).eval()
 

@@ -32,8 +32,8 @@ class CompletionOutput:
     end: Token | None = None
     """The token that ended the text."""
     message: Mapping[str, Any] | None = None
-    """Of LLM.chat, to go on with: {"role": "assistant", "content": ..., "tool_calls": ...}, the last where there are
-    some; finish_reason is "tool_calls" then."""
+    """Of LLM.chat, to go on with: {"role": "assistant", "content": ..., "reasoning_content": ..., "tool_calls": ...},
+    the last two where there are some; finish_reason is "tool_calls" where there are calls."""
     score: float | None = None
     """Of LLM.beam_search: the sum of log-probabilities, over the length ** length_penalty."""
 

@@ -4,7 +4,6 @@ A filter sets the logits of the tokens it excludes to -inf, and always leaves on
 """
 
 import json
-import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
+
+from cs336.utils.files import read_text
 
 MAX_LOGPROBS = 20
 NONE = arg(help_behavior_hint="(default: none)")
@@ -33,7 +34,7 @@ def _number(value: Any) -> bool:
 SCHEMA_FILE = PrimitiveConstructorSpec(
     nargs=1,
     metavar="FILE",
-    instance_from_str=lambda words: pathlib.Path(words[0]).read_text(encoding="utf-8"),
+    instance_from_str=lambda words: read_text(words[0]),
     is_instance=lambda value: value is None or isinstance(value, str | Mapping),
     str_from_instance=lambda value: ["none" if value is None else str(value)],
 )

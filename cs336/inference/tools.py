@@ -5,17 +5,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cs336.inference.grammar import SPACE, check_schema
-from cs336.inference.tool_parser import ToolFormat
+from cs336.inference.grammar import check_schema
+from cs336.inference.tool_formats import ToolFormat
+from cs336.inference.tool_formats.format import Symbols
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 LISTS = ("enum", "anyOf", "oneOf", "allOf")  # in JSON schemas; all but the first of schemas
 OBJECTS = ("properties", "$defs", "definitions")
 DEEPEST = 100
+ANY_ARGUMENTS = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}'
-CHOICE = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
+FUNCTION = '{"type": "function", "function": {"name": ...}}'
+CHOICE = f'"none", "auto", "required", {FUNCTION}, or {{"type": "allowed_tools", "allowed_tools": ...}}'
+ALLOWED = f'{{"mode": "auto" or "required", "tools": a list of {FUNCTION}}}'
 
 
 class Tools:
@@ -30,45 +34,49 @@ class Tools:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence | None):
             raise ValueError(f"tools must be a list of {TOOL}, got {tools!r:.80}")
         self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._strict: set[str] = set()
         for i, tool in enumerate(tools or ()):
             name, schema = _checked(f"tools.{i}", tool)
             if name in self._schemas:
                 raise ValueError(f"tools.{i}.function.name is {name!r}, as is another tool's: give it another name")
             self._schemas[name] = schema
-        must = _names("auto" if choice is None else choice, [*self._schemas])
+            if tool["function"].get("strict"):
+                self._strict.add(name)
+        self._allowed = [*self._schemas]
+        choice = "auto" if choice is None else choice
+        named = isinstance(choice, Mapping)
+        if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+            choice, self._allowed = _allowed(choice, self._allowed)
+            named = False
+        must = _names(choice, self._allowed)
         self.must = must or ()
         """The names of the tools of which one must be called."""
         self.offered = [] if must is None else [dict(tool) for tool in tools or ()]
         """As chat templates take them."""
-        self.parallel = parallel and not isinstance(choice, Mapping)
+        self.parallel = parallel and not named
 
     @property
-    def names(self) -> list[str]:
-        """Of the tools that may be called."""
-        return [*self._schemas] if self.offered else []
+    def schemas(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of the arguments of the tools that may be called."""
+        return {name: self._schemas[name] for name in self._allowed} if self.offered else {}
 
-    def grammar(self, format: ToolFormat, special_tokens: Mapping[str, int]) -> str:
-        """llguidance's of an answer that calls one of `must`, each call by the schema of its tool. A mark that is a
-        special token is that token.
+    @property
+    def strict(self) -> bool:
+        """Whether calls that nobody asks for follow a schema too."""
+        return not self._strict.isdisjoint(self.schemas)
 
-        Raises ValueError for schemas that llguidance does not know, and where it is not installed.
-        """
-        before, between, behind = (_symbols(text, special_tokens) for text in format.written)
-        if format.opening:  # behind a space or not, as the tokenizers of a family differ
-            mark = _symbols(format.written[0].removesuffix(format.opening), special_tokens)
-            before = f'{mark} " "? {json.dumps(format.opening)}'
-        calls = [f"call{i}" for i in range(len(self.must))]
-        lines = [f"start: {before} call {f'({between} call)*' if self.parallel else ''} {behind}"]
-        lines.append(f"call: {' | '.join(calls)}")
-        places = [*self._schemas]
-        for call, name in zip(calls, self.must, strict=True):
-            schema = self._schemas[name]
+    def rules(self, format: ToolFormat, symbols: Symbols) -> list[str]:
+        """Lark of the rule `call`: of one of `must`, or of any where none must be called, then by the schemas of strict
+        tools alone. Raises ValueError for schemas that llguidance does not know, and where it is not installed."""
+        names = self.must or [*self.schemas]
+        followed = names if self.must else self._strict
+        calls, places = [f"call{i}" for i in range(len(names))], [*self._schemas]
+        lines = [f"call: {' | '.join(calls)}"]
+        for call, name in zip(calls, names, strict=True):
+            schema = self._schemas[name] if name in followed else ANY_ARGUMENTS
             check_schema(schema, f"tools.{places.index(name)}.function.parameters")
-            head = json.dumps(f'{{"name": "{name}", "{format.arguments}": ')
-            lines.append(f'{call}: {head} {call}_arguments "}}"')
-            spaced = {**schema, "x-guidance": {"whitespace_pattern": SPACE}}
-            lines.append(f"{call}_arguments: %json {json.dumps(spaced)}")
-        return "\n".join(lines)
+            lines += format.rules(call, name, schema, symbols)
+        return lines
 
 
 def _checked(at: str, tool: Any) -> tuple[str, Mapping[str, Any]]:
@@ -125,13 +133,7 @@ def _names(choice: Any, names: list[str]) -> list[str] | None:
         return None
     if choice == "auto":
         return []
-    if choice != "required" and not (
-        isinstance(choice, Mapping)
-        and choice.keys() == {"type", "function"}
-        and choice["type"] == "function"
-        and isinstance(choice["function"], Mapping)
-        and choice["function"].keys() == {"name"}
-    ):
+    if choice != "required" and not _is_function(choice):
         raise ValueError(f"tool_choice must be {CHOICE}, got {choice!r:.80}")
     if not names:
         raise ValueError("tool_choice asks for a call, and there are no tools: give some")
@@ -142,17 +144,29 @@ def _names(choice: Any, names: list[str]) -> list[str] | None:
     return [name]
 
 
+def _allowed(choice: Mapping[str, Any], names: list[str]) -> tuple[str, list[str]]:
+    """OpenAI's choice among some of the tools: "auto" or "required", and their names."""
+    given, at = choice.get("allowed_tools"), "tool_choice.allowed_tools"
+    mode, tools = (given.get("mode"), given.get("tools")) if isinstance(given, Mapping) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(tools, list) or not all(map(_is_function, tools)):
+        raise ValueError(f"{at} must be {ALLOWED}, got {given!r:.80}")
+    allowed = [tool["function"]["name"] for tool in tools]
+    if unknown := [name for name in allowed if name not in names]:
+        raise ValueError(f"{at} has {unknown[0]!r:.80}, and the tools are {', '.join(names) or 'none'}")
+    return mode, [name for name in names if name in allowed]
+
+
+def _is_function(choice: Any) -> bool:
+    """Whether it names one."""
+    return (
+        isinstance(choice, Mapping)
+        and choice.keys() == {"type", "function"}
+        and choice["type"] == "function"
+        and isinstance(choice["function"], Mapping)
+        and choice["function"].keys() == {"name"}
+    )
+
+
 def _refuse_others(at: str, given: Mapping[str, Any], known: set[str]) -> None:
     if unknown := sorted(map(str, given.keys() - known)):
         raise ValueError(f"{at} has {', '.join(unknown)}, and the fields are {', '.join(sorted(known))}")
-
-
-def _symbols(text: str, special_tokens: Mapping[str, int]) -> str:
-    """In llguidance's Lark: special tokens by their ids, and the text between."""
-    found = [mark for mark in special_tokens if mark and mark in text]
-    if not found:
-        return json.dumps(text) if text else ""
-    mark = max(found, key=len)
-    before, _, behind = text.partition(mark)
-    symbols = [_symbols(before, special_tokens), f"<[{special_tokens[mark]}]>", _symbols(behind, special_tokens)]
-    return " ".join(filter(None, symbols))

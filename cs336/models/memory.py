@@ -5,12 +5,13 @@ to be used. Left out are the rotary tables, workspaces of libraries, and what a 
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 from cs336.models.block import BlockConfig, TransformerBlock
 from cs336.models.config import TransformerConfig
 from cs336.models.recompute import KEEPS_ALL, Recompute
-from cs336.nn import AttentionConfig, Linear, MLPConfig, SwiGLUConfig
+from cs336.nn import AttentionConfig, LayerNorm, Linear, MLPConfig, RMSNorm, SwiGLUConfig
 from cs336.nn.mlp import KINDS
 from cs336.ops.linear_cross_entropy import default_chunk_size
 
@@ -76,13 +77,13 @@ def training_memory(
     layers_compiled = compiled if layers_compiled is None else layers_compiled
     kept, again = kept_bytes(config, width, gradient_checkpointing, compiled=compiled or layers_compiled)
     activations = tokens * kept + max(0, tokens * again - logits)  # the logits are gone when the first block is again
-    gradients = weight_bytes * parameters
+    weights = gradients = weights_bytes(config, weight_bytes)
     if not accumulated:  # all that has come when one block is left
         last = max(block.activation_bytes(config.d_model, width) for block in config.blocks)
         gradients = max(0, gradients + tokens * last - activations - logits)
     copied = side_by_side_bytes(config, width, gradient_checkpointing) if layers_compiled else 0
     return Memory(
-        weights=weight_bytes * parameters,
+        weights=weights,
         gradients=gradients,
         optimizer=round(optimizer_bytes * parameters),
         casts=copied if width == weight_bytes else width * matrices(config),  # which are cast to where they are copied
@@ -156,4 +157,20 @@ def decoding_memory(
 ) -> Memory:
     """Of batch_size sequences of up to max_len tokens (context_length if None), `width` bytes an element."""
     state = batch_size * config.state_bytes(max_len, width)
-    return Memory(weights=width * config.num_parameters(), state=state)
+    return Memory(weights=weights_bytes(config, width), state=state)
+
+
+def weights_bytes(config: TransformerConfig, width: int) -> int:
+    """Of the weights in a model of `width` bytes an element, in which norms may be float32 nevertheless."""
+    return width * config.num_parameters() + max(0, 4 - width) * _float32_parameters(config)
+
+
+def _float32_parameters(config: TransformerConfig) -> int:
+    if not config.float32_norms:
+        return 0
+    norms = config.final_norm.num_parameters(config.d_model) if config.final_norm else 0
+    for block, count in Counter(config.blocks).items():
+        modules = TransformerBlock(block, config.d_model, device="meta").modules()
+        kept = (p for m in modules if isinstance(m, LayerNorm | RMSNorm) for p in m.parameters(recurse=False))
+        norms += count * sum(p.numel() for p in kept)
+    return norms

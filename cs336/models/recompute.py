@@ -55,4 +55,4 @@ def _products() -> list[Any]:
         if name.startswith("attention") and name.endswith("_fwd")
         for overload in op.overloads.values()
     ]
-    return [aten.mm.default, aten.addmm.default, aten.bmm.default, *attention, *ours]
+    return [aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default, *attention, *ours]

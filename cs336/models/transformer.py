@@ -1,5 +1,6 @@
 """B = batch, S = tokens, M = d_model, V = vocabulary."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -60,6 +61,8 @@ class Transformer(nn.Module):
         """What generation_config.json said; save_pretrained writes it again."""
         self.chat_template: str | None = None
         """How a conversation becomes a text, in Jinja, as the tokenizer's files said; saved as the two above."""
+        self.saved_context = config.context_length
+        """The context_length that files of this model say, where it was read for shorter texts: see `within`."""
         d_model = config.d_model
         place: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}  # memory and weights come once, below
         self.embedding = Embedding(config.vocab_size, d_model, **place)
@@ -256,11 +259,14 @@ class Transformer(nn.Module):
         """The sum of the cross-entropy of features (..., M) as `features` returns them; the rest as forward's."""
         head = self.embedding if self.head is None else self.head
         layer, cap = (features_BSM, head.weight, targets), self.config.logit_softcap
+        sums, entropy = self._fused_losses()
         if label_smoothing or z_loss:
-            return ops.linear_loss_sums(
-                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
-            )
-        return ops.linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+            return sums(*layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss)
+        return entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+
+    def _fused_losses(self) -> tuple[Callable, Callable]:
+        """linear_loss_sums and linear_cross_entropy of this model's head."""
+        return ops.linear_loss_sums, ops.linear_cross_entropy
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -287,6 +293,20 @@ class Transformer(nn.Module):
         kind, dtype = self.device.type, self.embedding.weight.dtype
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # is_autocast_available: a graph break in 2.11
         return torch.get_autocast_dtype(kind) if autocast else dtype
+
+    @classmethod
+    def within(
+        cls, config: TransformerConfig, max_len: int | None, device: torch.device | str | None = None
+    ) -> "Transformer":
+        """A config's model for texts of at most max_len tokens, saved as that of all: see TransformerConfig.within."""
+        model = cls(config.within(max_len), device)
+        model.saved_context = config.context_length
+        return model
+
+    @property
+    def saved_config(self) -> TransformerConfig:
+        """`config`, as files say it."""
+        return dataclasses.replace(self.config, context_length=max(self.config.context_length, self.saved_context))
 
     def new_state(self, batch_size: int, max_len: int | None = None, *, rollback: int = 0) -> DecodingState:
         """An empty state of this model's dtype and device, with room for max_len tokens a row, context_length if None.

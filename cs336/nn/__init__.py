@@ -43,6 +43,7 @@ from cs336.nn.positions import RotaryEmbedding as RotaryEmbedding
 from cs336.nn.quantized import QuantizedLinear as QuantizedLinear
 from cs336.nn.quantized import QuantizedWeight as QuantizedWeight
 from cs336.nn.quantized import QuantMethod as QuantMethod
+from cs336.nn.quantized import is_quantized as is_quantized
 from cs336.nn.quantized import replace_linears as replace_linears
 from cs336.nn.rope_scaling import LinearScaling as LinearScaling
 from cs336.nn.rope_scaling import Llama3Scaling as Llama3Scaling

@@ -14,7 +14,8 @@ STACKS = ("gate_proj", "up_proj", "down_proj")
 
 
 class ExpertList(nn.Module):
-    """The experts of a mixture with their weights as they are: lists up_proj, down_proj and, if gated, gate_proj."""
+    """The experts of a mixture with their weights, and biases, as they are: lists up_proj, down_proj and, if gated,
+    gate_proj."""
 
     gate_proj: nn.ModuleList | None
     up_proj: nn.ModuleList
@@ -26,8 +27,7 @@ class ExpertList(nn.Module):
         super().__init__()
         self.activation, self.gated = experts.activation, experts.gated
         for name in STACKS:
-            stack = getattr(experts, name)
-            setattr(self, name, None if stack is None else nn.ModuleList(map(_linear, stack.detach().unbind())))
+            setattr(self, name, _apart(getattr(experts, name), getattr(experts, name.replace("proj", "bias"))))
 
     def forward(self, x_NM: Tensor, token_R: Tensor, load_E: Tensor) -> Tensor:
         """As moe.Experts: x (N, M); the token (R,) of each row, rows by expert, load_E (E,) are each's -> (R, M)."""
@@ -41,17 +41,23 @@ class ExpertList(nn.Module):
         return self.down_proj[e](gate(self.activation, self.gate_proj[e](x), up))
 
 
-def _linear(weight: Tensor) -> Linear:
-    layer = Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(weight)
-    return layer
+def _apart(stack_EOK: Tensor | None, bias: Tensor | None) -> nn.ModuleList | None:
+    """A stack, with its biases (E O,), as linear layers."""
+    if stack_EOK is None:
+        return None
+    E, O, K = stack_EOK.shape
+    layers = nn.ModuleList(Linear(K, O, bias=bias is not None, device="meta") for _ in range(E))
+    for layer, weight in zip(layers, stack_EOK.detach(), strict=True):
+        layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        for layer, part in zip(layers, bias.detach().view(E, O), strict=True):
+            layer.bias = nn.Parameter(part)
+    return layers
 
 
 def unstack_experts(layers: nn.Module) -> None:
-    """Put an ExpertList in the place of each stack of experts below a module. Raises ValueError for biases."""
+    """Put an ExpertList in the place of each stack of experts below a module."""
     for module in list(layers.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Experts:
-                if child.down_bias is not None:
-                    raise ValueError("experts with biases cannot be taken apart, and so not be quantised one by one")
                 setattr(module, name, ExpertList(child))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.ops import registry
+from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights, pays
 
 
@@ -35,6 +36,9 @@ class Linear(nn.Linear):
     variance 2 / (in + out) (Glorot & Bengio 2010) cut at 3 standard deviations, bias as 0.
     """
 
+    fp8 = False
+    """Whether a training step multiplies in floats of 8 bits, by ops.linear_scaled: quantized.train_in_fp8 sets it."""
+
     def __init__(
         self,
         in_features: int,
@@ -53,7 +57,13 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_fp8():
+            return ops.linear_scaled(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
+
+    def in_fp8(self) -> bool:
+        """Whether the next product is of floats of 8 bits."""
+        return self.fp8 and torch.is_grad_enabled() and not (registry.is_invariant() or transformed())
 
     def parts(self) -> tuple[Hashable, list[Tensor]] | None:
         """What one product with several layers reads, row by row, and what these must have in common; None if this
@@ -84,7 +94,7 @@ def joined(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each layer makes of x; with one product where their weights lie as `join` puts them and no gradient is
     wanted, and by ops.linears in a training step that torch.compile makes. On a GPU ops.linear_invariant gives a
     feature the same bits whatever features stand beside it."""
-    found = _one_product(x, layers)
+    found = _one_product(x, layers) or _one_fp8_product(x, layers)
     if found is not None:
         return found[0].split(found[1], -1)
     if _trained_together(layers):
@@ -116,9 +126,19 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
     In a training step that torch.compile makes, weights are copied anyway, to be cast, and the gradient of x is one
     product as well, where layers called one by one leave their gradients to be added up.
     """
+    if (found := _one_fp8_product(x, layers)) is not None:
+        return found[0]
     if not _trained_together(layers):
         return None
     return F.linear(x, torch.cat([layer.weight for layer in layers]))
+
+
+def _one_fp8_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, list[int]] | None:
+    """Of all layers, so that x is rounded once, and the features of each; None unless all multiply in 8 bits."""
+    if not all(isinstance(layer, Linear) and layer.in_fp8() and is_bare(layer) for layer in layers):
+        return None
+    weights = [layer.weight for layer in layers]
+    return ops.linear_scaled(x, torch.cat(weights)), [len(weight) for weight in weights]  # type: ignore[arg-type]
 
 
 def _trained_together(layers: Sequence[nn.Module]) -> bool:
@@ -127,7 +147,7 @@ def _trained_together(layers: Sequence[nn.Module]) -> bool:
         return False
     if _alike(layers) is None:
         return False
-    return all(type(layer) is Linear and layer.weight.requires_grad for layer in layers)
+    return all(type(layer) is Linear and not layer.fp8 and layer.weight.requires_grad for layer in layers)
 
 
 def is_bare(layer: nn.Module) -> bool:

@@ -45,7 +45,7 @@ class _Norm(Derived):
     def _apply(self, fn, recurse=True):
         def kept(t: Tensor) -> Tensor:
             moved = fn(t)
-            return t.to(moved.device) if moved.dtype.itemsize < 4 else moved
+            return t.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
 
         return super()._apply(kept if self.float32 else fn, recurse)
 

@@ -16,14 +16,18 @@ from cs336.nn.checks import check_counts
 from cs336.nn.expert_list import unstack_experts
 from cs336.nn.linear import Linear, is_bare
 from cs336.ops import registry
+from cs336.ops.dispatch import transformed
 from cs336.ops.linear_few_rows import keeps_weights
+from cs336.ops.linear_scaled import MULTIPLE
 from cs336.ops.ref.linear_quantized import dequantize_int8, pack_int4, unpack_int4
+from cs336.ops.ref.wide import narrow
 
 QuantMethod = Literal["int8", "int4", "fp8"]
 METHODS = ("int8", "int4", "fp8")
 BITS = {"int8": 8, "int4": 4}  # of whole numbers
 FP8 = torch.float8_e4m3fn
 TOKEN = -1  # x_group of tokens with a scale each
+FP8_FEATURES = 128  # of a layer's sides, from which on a training step's products may be in floats of 8 bits
 KEPT = ("router", "shared_gate", "kv_b_proj")
 # A wrong expert costs more than bytes; latent attention takes this weight apart.
 
@@ -88,9 +92,33 @@ class _Rounded(torch.autograd.Function):
         return dx, None
 
 
+class _RoundedInTransforms(torch.autograd.Function):
+    """The same for torch.func and forward mode. torch.compile knows no such function, and they no other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, group: int) -> Tensor:
+        return _rounded(x, group).contiguous()  # forward mode wants the memory order of its tangent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dx, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return dx.clone(memory_format=torch.contiguous_format)
+
+
 def rounded(x: Tensor, group: int) -> Tensor:
     """x (..., K) with each number the nearest float8_e4m3fn times the scale of its group of features, which brings the
     group's largest to 448; group TOKEN: all K. Each token by itself, so that it does not depend on the batch."""
+    if transformed():
+        return _RoundedInTransforms.apply(x, group)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rounded.apply(x, group)
     return _rounded(x, group)
@@ -103,7 +131,7 @@ def _rounded(x: Tensor, group: int) -> Tensor:
     groups = F.pad(wide, (0, -K % group)).unflatten(-1, (-1, group))
     scales = (groups.abs().amax(-1, keepdim=True) / most).clamp(torch.finfo(torch.float32).tiny)
     q = (groups / scales).clamp(-most, most).to(FP8)
-    return (q.to(wide.dtype) * scales).flatten(-2)[..., :K].to(x.dtype)
+    return narrow((q.to(wide.dtype) * scales).flatten(-2)[..., :K], x)
 
 
 class QuantizedLinear(nn.Module):
@@ -222,6 +250,11 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.method}, group={self.group}{more}"
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether some of its layers are quantised, whose weights do not learn."""
+    return any(isinstance(layer, QuantizedLinear) for layer in module.modules())
+
+
 def _in_place(w_NK: Tensor, order_K: Tensor | None) -> Tensor:
     return w_NK if order_K is None else w_NK[:, order_K.argsort()]
 
@@ -233,6 +266,19 @@ def quantizable(layers: nn.Module, names: Collection[str] | None = None) -> dict
     if names is not None:
         return {name: module for name, module in found.items() if name in names}
     return {n: m for n, m in found.items() if n.rpartition(".")[2] not in KEPT and "filter" not in n.split(".")}
+
+
+def train_in_fp8(layers: nn.Module) -> int:
+    """Let training steps multiply in floats of 8 bits in the linear layers below a module that may be quantised and
+    are as large as pays: FP8_FEATURES and more on both sides, in multiples of 16. How many there are."""
+    found = [layer for layer in quantizable(layers).values() if _pays_in_fp8(layer)]
+    for layer in found:
+        layer.fp8 = True
+    return len(found)
+
+
+def _pays_in_fp8(layer: Linear) -> bool:
+    return all(size >= FP8_FEATURES and size % MULTIPLE == 0 for size in layer.weight.shape)
 
 
 def replace_linears(
@@ -258,7 +304,7 @@ def replace_linears(
     unstack_experts(layers)
     found = quantizable(layers, names)
     most = max((module.in_features for module in found.values()), default=0)
-    if not found and any(isinstance(module, QuantizedLinear) for module in layers.modules()):
+    if not found and is_quantized(layers):
         raise ValueError("the layers are quantised already: quantise the model that they were made of")
     if not found or (group is not None and group > most):
         raise ValueError(f"there is nothing to quantise in groups of {group}: layers have at most {most} features")

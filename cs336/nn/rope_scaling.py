@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from cs336.nn.checks import check_counts, check_flags, check_positive
+from cs336.nn.checks import check_counts, check_flags, check_kind, check_positive
 from cs336.ops import rope_tables
 
 
@@ -136,8 +136,11 @@ class LongRopeScaling:
         if self.original_context_length == 1 and self.attention_factor is None:
             raise ValueError("original_context_length must be at least 2 where there is no attention_factor, got 1")
         for name in ("short_factors", "long_factors"):
-            for i, value in enumerate(getattr(self, name)):
+            factors = getattr(self, name)
+            check_kind(name, factors, list, tuple)
+            for i, value in enumerate(factors):
                 check_positive(**{f"{name}[{i}]": value})
+            object.__setattr__(self, name, tuple(factors))
 
     def check(self, rotary_dim: int) -> None:
         """Raises ValueError where there is not one short and one long factor a pair."""

@@ -13,6 +13,7 @@ from cs336.ops.cross_entropy import cross_entropy as cross_entropy
 from cs336.ops.dropout import dropout as dropout
 from cs336.ops.embedding import embedding as embedding
 from cs336.ops.expert_swiglu import expert_swiglu as expert_swiglu
+from cs336.ops.fp8_copies import fp8_copies as fp8_copies
 from cs336.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
 from cs336.ops.gram import gram as gram
 from cs336.ops.layer_norm import layer_norm as layer_norm
@@ -25,6 +26,7 @@ from cs336.ops.linear_invariant import linear_invariant as linear_invariant
 from cs336.ops.linear_quantized import linear_fp8 as linear_fp8
 from cs336.ops.linear_quantized import linear_int4 as linear_int4
 from cs336.ops.linear_quantized import linear_int8 as linear_int8
+from cs336.ops.linear_scaled import linear_scaled as linear_scaled
 from cs336.ops.linears import linears as linears
 from cs336.ops.long_conv import long_conv as long_conv
 from cs336.ops.paged_attention import paged_attention as paged_attention

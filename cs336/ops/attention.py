@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention  # torch's, also wh
 
 from cs336.ops import registry
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
-from cs336.ops.attention_raw import check_dtype, check_extras, check_numbers
+from cs336.ops.attention_raw import check_dtype, check_extras, check_numbers, check_slopes
 from cs336.ops.dispatch import has_kernel
 from cs336.ops.ref import attention as ref
 
@@ -79,6 +79,7 @@ def attention(
     mask = None if mask is None else _four_dims(mask, lead)
     q_BHSD, k_BHTD, v_BHTE = (q, k, v) if q.dim() == 4 else (_four_dims(x, lead) for x in (q, k, v))
     extras: tuple = ()
+    check_slopes(alibi_slopes)
     if alibi_slopes is not None and alibi_slopes.dim() == 0:
         raise ValueError("alibi_slopes must be (Hq,) or (..., Hq), got a number")
     if alibi_slopes is not None or dropout_p != 0:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cs336.ops import registry
-from cs336.ops.attention_autograd import autocast
+from cs336.ops.attention_autograd import attend, autocast, check_sinks, with_sinks
 from cs336.ops.attention_raw import check
-from cs336.ops.dispatch import default_scale, rows, run
+from cs336.ops.dispatch import default_scale, rows, run, transformed
 from cs336.ops.paged_attention import paged_prefill
 
 
@@ -39,11 +39,19 @@ def attention_invariant(
         window: how many keys before its own a query sees; all if None.
         softcap, scale, sinks: as in ops.paged_prefill.
 
-    Returns o (T, H, D) like q, differentiable once. Raises ValueError as ops.paged_prefill does.
+    Returns o (T, H, D) like q, differentiable once. Transforms of torch.func and forward mode take
+    ops.attention_varlen's reference, whose bits are others. Raises ValueError as ops.paged_prefill does.
     """
     q, k, v = (rows(x) for x in autocast(q, k, v))
     scale = default_scale(q) if scale is None else scale
-    check(q, k, v, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), scale, True, -1, 0, softcap or 0.0)
+    packing = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    check(q, k, v, packing, scale, True, -1, 0, softcap or 0.0)
+    if transformed():
+        if sinks is not None:
+            check_sinks(sinks, q.shape[1], q.device)
+        left = -1 if window is None else window
+        o, lse = attend("attention_varlen", q, k, v, *packing, scale, True, left, 0, softcap or 0.0)
+        return o if sinks is None else with_sinks(o.transpose(0, 1), lse, sinks)[0].transpose(0, 1)
     return _AttentionInvariant.apply(q, k, v, sinks, cu_seqlens, max_seqlen, window, softcap, scale)
 
 

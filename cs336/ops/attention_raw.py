@@ -103,8 +103,14 @@ def _check_bwd(do, dlse, q, k, v, o, lse, packing, *options) -> None:
             raise ValueError(f"{name} must be contiguous, got stride {x.stride()}")
 
 
+def check_slopes(alibi_slopes: Tensor | None) -> None:
+    if alibi_slopes is not None and not isinstance(alibi_slopes, Tensor):
+        raise ValueError(f"alibi_slopes must be a float32 tensor, a number a head, got {alibi_slopes!r:.80}")
+
+
 def check_extras(q: Tensor, packing, alibi_slopes: Tensor | None, dropout_p: float, seed: Tensor | None) -> None:
     sequences = q.shape[0] if packing is None else packing[0].shape[0] - 1
+    check_slopes(alibi_slopes)
     if alibi_slopes is not None:
         fits = alibi_slopes.shape in ((q.shape[1],), (sequences, q.shape[1]))
         if not fits or alibi_slopes.dtype != torch.float32 or alibi_slopes.device != q.device:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336.ops.attention_autograd import attend, autocast, check_sinks, limits, new_seed, with_sinks
-from cs336.ops.attention_raw import check_numbers
+from cs336.ops.attention_raw import check_numbers, check_slopes
 from cs336.ops.dispatch import default_scale
 
 
@@ -63,6 +63,7 @@ def attention_varlen(
     if alibi_slopes is None and dropout_p == 0:
         o, lse = attend("attention_varlen", q, k, v, *packing, *options)
     else:
+        check_slopes(alibi_slopes)
         extras = alibi_slopes, dropout_p, new_seed(q.device) if dropout_p else None
         o, lse = attend("attention_general", q, k, v, *packing, *options, *extras)
     if sinks is not None:

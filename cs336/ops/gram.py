@@ -25,6 +25,7 @@ def gram(x: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float 
     has none, and what calls it has others. Raises ValueError for arguments that do not fit.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, c))
+    learns = learns or dispatch.transformed()
     if learns or (registry.forced() == "native" and registry.missing("gram", "native", x.device)):
         _check(x, c, alpha, beta)
         return ref.gram(x, c, alpha, beta)

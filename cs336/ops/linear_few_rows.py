@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.checks import no_float64
-from cs336.ops.dispatch import matrix, rows, run
+from cs336.ops.dispatch import matrix, rows, run, transformed
 from cs336.ops.linear_invariant import check_linear
 from cs336.ops.ref import linear_few_rows as ref
 
@@ -31,8 +31,8 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, co
         constant: a promise that none of the kernels just before this one on the stream writes weight, which is then
             read while they still run: not the last one, whatever made it, nor those that it may overlap itself.
 
-    Returns y (..., N) like x, summed in float32. Without gradients: where one is wanted torch's own function runs. The
-    native kernel gives a row the same bits whatever the others are.
+    Returns y (..., N) like x, summed in float32. Where a gradient is wanted, and under transforms, torch's own function
+    runs. The native kernel gives a row the same bits whatever the others are.
     Raises ValueError for arguments that do not fit.
     """
     if x.dim() == 0:
@@ -40,7 +40,7 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, co
     flat, weight = rows(matrix(x)), rows(weight)
     check_linear(flat, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return F.linear(x, weight, bias)
     return run("linear_few_rows", flat, weight, bias, constant).view(*x.shape[:-1], weight.shape[0])
 
@@ -57,7 +57,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cuda")
     ):
         return False
-    if registry.forced() not in (None, "native") or torch._C._are_functorch_transforms_active():
+    if registry.forced() not in (None, "native") or transformed():
         return False
     K = x.shape[-1]
     M = x.numel() // K

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cs336.ops import registry
 from cs336.ops.checks import check_last_dims, no_float64
-from cs336.ops.dispatch import matrix, rows, run
+from cs336.ops.dispatch import matrix, rows, run, transformed
 from cs336.ops.ref import linear_invariant as ref
 
 
@@ -26,8 +26,9 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x: (..., K) floating point.
         weight: (N, K) like x; bias: (N,) like x, or None. Under autocast all are cast to its dtype.
 
-    Returns y (..., N) like x. The gradients are plain torch's, and may depend on the batch. Raises ValueError for
-    arguments that do not fit.
+    Returns y (..., N) like x. The gradients are plain torch's, and may depend on the batch. Transforms of torch.func
+    and forward mode take the reference: other bits than a GPU's kernel gives, and under vmap bits of the batch. Raises
+    ValueError for arguments that do not fit.
     """
     if x.dim() == 0:
         raise ValueError("x must be (..., K), got no dims")
@@ -37,7 +38,8 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     x_MK, weight = rows(matrix(x)), rows(weight)
     check_linear(x_MK, weight, bias)
-    y = _LinearInvariant.apply(x_MK, weight, bias)
+    function = ref.linear_invariant if transformed() else _LinearInvariant.apply
+    y = function(x_MK, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

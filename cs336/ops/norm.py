@@ -158,5 +158,7 @@ def stat_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor like {other_name}, {like(other)}, got {t!r:.80}")
     if t.shape != other.shape or t.dtype != other.dtype or t.device != other.device:
         raise ValueError(f"{name} must be like {other_name}, {like(other)}, got {like(t)}")

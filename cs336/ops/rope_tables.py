@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST_ANGLES = 1 << 30  # in float64 they are 8 GiB: 16 million positions of heads of 128 features
+
 
 def inverse_frequencies(rotary_dim: int, theta: float = 10000.0) -> Tensor:
     """Radians a token of each pair, (rotary_dim / 2,) float64 on the CPU, the fastest first."""
@@ -19,7 +21,7 @@ def inverse_frequencies(rotary_dim: int, theta: float = 10000.0) -> Tensor:
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}")
     if not theta > 0:
         raise ValueError(f"theta must be positive, got {theta}")
-    return theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
+    return float(theta) ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
 
 
 def linear(frequencies: Tensor, factor: float) -> Tensor:
@@ -87,6 +89,11 @@ def tables(
     frequencies: Tensor, max_len: int, scale: float = 1.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (max_len, P) float32, times scale (the attention factor of YaRN and LongRoPE)."""
+    if max_len * len(frequencies) > MOST_ANGLES:
+        raise ValueError(
+            f"tables of {max_len:,} positions would have {max_len * len(frequencies):,} angles, {MOST_ANGLES:,} is the "
+            "most: lower context_length"
+        )
     angles = torch.outer(torch.arange(max_len, dtype=torch.float64, device="cpu"), frequencies.double().cpu())
     return tuple((scale * t).to(device, torch.float32) for t in (angles.cos(), angles.sin()))  # type: ignore[return-value]
 

@@ -64,8 +64,11 @@ class AdamW(Optimizer):
             a step is that of float32 weights; "stochastic" keeps nothing. See cs336.optim.rounding.
 
     Raises ValueError for numbers or dtypes that do not fit, and for a group with amsgrad or maximize. Other options of
-    torch.optim.AdamW (fused, foreach, ...) change nothing; what neither has is a TypeError.
+    torch.optim.AdamW (fused, foreach, ...) change nothing; what neither has is a TypeError; in a group a
+    name misspelt alone is, since others there are the caller's own.
     """
+
+    group_options = frozenset(TORCH_ONLY | {"state_dtype", "rounding"})
 
     own_options: frozenset[str] = frozenset()
     """What a subclass keeps in its groups beside them."""

@@ -1,5 +1,6 @@
 """What the optimizers share: torch.optim.Optimizer, with a step that scales gradients on their way."""
 
+import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,15 @@ class Optimizer(torch.optim.Optimizer):
     capturable = True
     """Whether a step never waits for the device, so that a CUDA graph can hold it."""
 
+    group_options: frozenset[str] = frozenset()
+    """What a group may have beside the defaults."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
+            check_names(self, self.param_groups[-1], self.group_options)
             self._check_group(self.param_groups[-1])
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -77,12 +82,21 @@ def gradient(p: Tensor) -> Tensor | None:
     return g
 
 
+def check_names(optimizer: torch.optim.Optimizer, group: dict[str, Any], more: frozenset[str]) -> None:
+    """Raises TypeError for an option misspelt, of the defaults or more. Others are the caller's own, as in torch's."""
+    known = optimizer.defaults.keys() | more
+    for name in sorted(group.keys() - known - {"params"}):
+        if near := difflib.get_close_matches(name, known, 1, 0.85):
+            kind = type(optimizer).__name__
+            raise TypeError(f"{kind} has no option {name}, which a group has: is {near[0]} meant?")
+
+
 def check_group(group: dict[str, Any], *, not_negative: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises ValueError for negative or infinite numbers and parameters of other dtypes."""
     for name in not_negative:
         value = group[name]
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must {'be finite' if value > 0 else 'not be negative'}, got {value}")
+            raise ValueError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
     for p in group["params"]:
         if p.dtype not in dtypes:
             raise ValueError(

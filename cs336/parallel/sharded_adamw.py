@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cs336.ops import sharded_adamw_total_
 from cs336.ops.sharded_adamw import DTYPES, SQUARES
-from cs336.optim.adamw import MOMENTS, TORCH_ONLY, check_state
+from cs336.optim.adamw import MOMENTS, TORCH_ONLY, AdamW, check_state
+from cs336.optim.optimizer import check_names
 from cs336.optim.rounding import Rounding
 from cs336.parallel import nccl
 from cs336.parallel.collectives import broadcast_all, check_alike, describe
@@ -93,6 +94,7 @@ class ShardedAdamW(Synchronizing, Divided):
             if any(bucket.launched for bucket in self._buckets):
                 raise ValueError("a group must be added before the backward of a step, or after the step")
             self._check_ranks(group)  # so that what follows refuses the same on every rank
+            check_names(self, group, AdamW.group_options)
             _check(group)
             trained = [p for p in group["params"] if p.requires_grad and p.numel()]
             device = self._comm.device if self._comm else trained[0].device if trained else None
@@ -100,7 +102,7 @@ class ShardedAdamW(Synchronizing, Divided):
                 raise ValueError(f"parameters must be on one device, {device}, got one on {strangers[0]}")
             if trained and self._comm is None:
                 self._comm = nccl.connect(self._group, device=trained[0].device, native=self._native)
-        except (ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
         broadcast_all(group["params"], 0, self._group)

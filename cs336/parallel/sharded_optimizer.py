@@ -120,7 +120,7 @@ class ShardedOptimizer(Divided):
                 self._inner.add_param_group({k: v for k, v in group.items() if k != "param_names"})
             inner = self._inner.param_groups[len(self.param_groups) - 1]
             self._check(group)
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             del self._inner.param_groups[len(self.param_groups) :]
             raise

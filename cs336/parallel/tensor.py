@@ -9,6 +9,7 @@ has all tokens, or with `sequence` its part of them, and a sum becomes an all-ga
 as many bytes, with 1/N of the activations there. The vocabulary is divided too: see vocabulary.py.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from cs336 import ops
 from cs336.models import Transformer, TransformerBlock
-from cs336.nn import MLP, Attention, LayerNorm, Linear, QuantizedLinear, RMSNorm
+from cs336.nn import MLP, Attention, LayerNorm, Linear, RMSNorm, is_quantized
 from cs336.nn.positions import AlibiSlopes
 from cs336.parallel import differentiable
 from cs336.parallel.differentiable import Group, check_parts, gathered, own_part
@@ -173,22 +174,13 @@ class TensorParallelTransformer(Transformer):
         group = self.region.group
         return differentiable.whole(super().logits(differentiable.copy(features_BSM, group)), -1, group)
 
-    def loss(
-        self,
-        features_BSM: Tensor,
-        targets: Tensor,
-        ignore_index: int = -100,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-    ) -> Any:
-        head, group = self.embedding if self.head is None else self.head, self.region.group
-        layer, cap = (differentiable.copy(features_BSM, group), head.weight, targets, group), self.config.logit_softcap
-        if label_smoothing or z_loss:
-            return vocabulary_linear_loss_sums(
-                *layer, ignore_index=ignore_index, softcap=cap, label_smoothing=label_smoothing, z_loss=z_loss
-            )
-        return vocabulary_linear_cross_entropy(*layer, ignore_index=ignore_index, softcap=cap, reduction="sum")
+    def loss(self, features_BSM: Tensor, *args: Any, **options: Any) -> Any:
+        return super().loss(differentiable.copy(features_BSM, self.region.group), *args, **options)
+
+    def _fused_losses(self) -> tuple[Callable, Callable]:
+        group = self.region.group
+        sums = functools.partial(vocabulary_linear_loss_sums, group=group)
+        return sums, functools.partial(vocabulary_linear_cross_entropy, group=group)
 
 
 def tensor_parallel(model: Transformer, group: Group = None, *, sequence: bool = False) -> TensorParallelTransformer:
@@ -229,7 +221,7 @@ def why_not(model: Transformer, N: int) -> str | None:
     vocabulary = model.config.vocab_size
     if isinstance(model, TensorParallelTransformer):
         return "it has been divided before"
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if is_quantized(model):
         return "its weights are quantised: give the model that they were made of"
     if vocabulary % N != 0:
         return f"vocab_size {vocabulary} / {N} = {vocabulary / N:g}: pad it to {-(-vocabulary // N) * N}"

@@ -49,6 +49,11 @@ def translate(expression: str) -> str:
     return part.text
 
 
+def quoted(expression: str) -> str:
+    """As it was typed, where it can be seen: places in it are counted there, without the backslashes of a repr."""
+    return f"'{expression}'" if expression.isprintable() else repr(expression)
+
+
 class _Parser:
     def __init__(self, expression: str):
         self.expression = expression
@@ -67,7 +72,7 @@ class _Parser:
 
     def refuse(self, what: str, text: str, instead: str | None = None) -> NoReturn:
         advice = f": write {instead}" if instead else ""
-        raise ValueError(f"it has {what}, {text!r} at {self.place}, which engines read in different ways{advice}")
+        raise ValueError(f"it has {what}, {quoted(text)} at {self.place}, which engines read in different ways{advice}")
 
     # ---- expressions ----
 

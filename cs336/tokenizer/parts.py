@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from cs336.tokenizer.dialect import quoted
 from cs336.tokenizer.formats import spell
-from cs336.tokenizer.patterns import portable
+from cs336.tokenizer.patterns import left_out, portable
 from cs336.tokenizer.sentencepiece import MARK, SentencePiece
 
 MAX_ID = (1 << 24) - 1
@@ -41,6 +42,16 @@ def check_others_read(what: str, pattern: str, kind: SentencePiece | None) -> No
         portable(pattern)
     except ValueError as error:
         raise ValueError(f"{what} would give others other ids: {error}") from None
+
+
+def check_tiktoken_reads(pattern: str, kind: SentencePiece | None) -> None:
+    """As check_others_read, of ranks: raises ValueError too for a pattern that is seen not to match everything."""
+    check_others_read("a file of ranks", pattern, kind)
+    if gap := left_out(pattern):
+        raise ValueError(
+            f"tiktoken leaves out what its pattern does not match, which is a piece here, and {quoted(pattern)} does "
+            f"not match {gap!r} everywhere: save it as json, or train it with one more alternative, |[\\s\\S]"
+        )
 
 
 def checked_specials(special_tokens: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import regex
 
-from cs336.tokenizer.dialect import translate
+from cs336.tokenizer.dialect import quoted, translate
 
 _ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,6 +89,9 @@ _VOCABULARIES = {"r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100
 _NAME_OF = {expression: name for name, expression in PATTERNS.items()} | _OTHER_SPELLINGS | _VOCABULARIES
 
 
+_KINDS = "aA1 \n\r\t'!_\u00e9\u4e2d\u0301\U0001f600"  # a character of each that expressions tell apart
+
+
 def canonical(pattern: str) -> str:
     """The name of a pattern that has one, else the regular expression itself, which is checked.
 
@@ -111,12 +114,35 @@ def _checked(pattern: str, check: Callable[[str], object], what: str) -> str:
         if regex.fullmatch(r"[\w-]+", name):
             raise ValueError(f"there is no pattern {pattern!r}: give {', '.join(PATTERNS)} or a regular expression")
         try:
+            name.encode()  # as files hold it
             check(name)
         except (regex.error, ValueError, RecursionError) as error:
             raise ValueError(
-                f"pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor {what}: {error}"
+                f"pattern {quoted(pattern)} is neither one of {', '.join(PATTERNS)} nor {what}: {error}"
             ) from None
     return name
+
+
+def left_out(pattern: str) -> str | None:
+    """A character of some text that the expression does not match, or None where it matches all that was tried: texts
+    of one character, a few of each kind in every order, and all there are in a row."""
+    if pattern in PATTERNS:
+        return None
+    find = regex.compile(_for_regex(pattern)).finditer
+    every = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))))
+    for text in itertools.chain(
+        every[: len(every) // 90],
+        ("".join(few) for size in (2, 3) for few in itertools.product(_KINDS, repeat=size)),
+        (every[i : i + 256] for i in range(0, len(every), 256)),  # an expression may look at all behind each
+    ):
+        at = 0
+        for match in find(text):
+            if match.start() > at:
+                break
+            at = match.end()
+        if at < len(text):
+            return text[at]
+    return None
 
 
 def is_portable(pattern: str) -> bool:

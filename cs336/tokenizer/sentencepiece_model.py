@@ -107,11 +107,12 @@ def _merges(pieces: Sequence[Piece]) -> tuple[list[tuple[bytes, bytes]], tuple[i
     known = {piece.text: piece.text.replace(MARK, " ").encode() for piece in pieces}
     merges: list[tuple[bytes, bytes]] = []
     sizes: list[int] = []
+    lengths = dict.fromkeys(sorted(map(len, known)))  # of a long token few halves can be tokens
     ordered = sorted(pieces, key=lambda piece: -piece.score)
     for _, group in itertools.groupby(ordered, key=lambda piece: piece.score):
         before = len(merges)
         for text, *_ in group:
-            halves = ((text[:i], text[i:]) for i in range(1, len(text)))
+            halves = ((text[:i], text[i:]) for i in lengths if len(text) - i in lengths)
             merges += ((known[left], known[right]) for left, right in halves if left in known and right in known)
         if len(merges) > before:
             sizes.append(len(merges) - before)

@@ -15,6 +15,7 @@ from cs336.tokenizer.formats import Parts
 from cs336.tokenizer.huggingface import read_huggingface
 from cs336.tokenizer.parts import (
     check_others_read,
+    check_tiktoken_reads,
     checked_merges,
     checked_specials,
     checked_vocab,
@@ -188,7 +189,8 @@ class Tokenizer:
         special_tokens: Iterable[str] | dict[str, int] | None = None,
         allowed_special: Specials = (),
     ) -> "Tokenizer":
-        """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens."""
+        """Read a .tiktoken file: ranks, which are the ids. It knows neither its pattern nor its special tokens. What
+        the pattern does not match, and tiktoken drops, is a piece here."""
         vocab = formats.read_tiktoken(ranks)
         with formats.naming(ranks):
             return cls(vocab, None, special_tokens, portable(pattern), allowed_special)
@@ -263,12 +265,12 @@ class Tokenizer:
         formats.write_gpt2(vocab_json, merges_txt, Parts(self._vocab, merges, self._specials, self._pattern))
 
     def to_tiktoken(self, path: str | os.PathLike) -> None:
-        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens. tiktoken leaves out what its
-        pattern does not match, which is a piece here: give it one that matches everything.
+        """Write tiktoken's ranks, which tell neither the pattern nor the special tokens.
 
-        Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token.
+        Raises ValueError if the merges are not those that the ids give as ranks, or do not make every token, and for a
+        pattern that is seen not to match everything: tiktoken leaves out what is a piece here.
         """
-        check_others_read("a file of ranks", self._pattern, self._kind)
+        check_tiktoken_reads(self._pattern, self._kind)
         if self._listed_merges is not None:
             if token := self._unmade_token():
                 raise ValueError(f"no merge makes the token {token!r}, which would be found as a rank")

@@ -16,6 +16,7 @@ checksums, is read too.
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import operator
@@ -24,6 +25,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
@@ -39,12 +41,13 @@ from cs336.parallel.parts import Parts
 from cs336.training.shards import DamagedError, Tensors, divided, shard_name
 from cs336.training.staging import Staging
 from cs336.utils.config import parse, to_table
-from cs336.utils.files import replacing, sync
+from cs336.utils.files import is_name, replacing, sync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 2
 READABLE = (1, FORMAT)
 FILES = {"model": MODEL, "optimizer": OPTIMIZER}
+MOST_UNPACKED = 16  # times its size: archives are written unpacked, and others may have packed them
 
 
 Config = TypeVar("Config")
@@ -129,7 +132,7 @@ def snapshot(
         tensors[kind], said = divided(found)
         if split[kind]:
             pieces[kind] = said
-    config = getattr(_unwrapped(model), "config", None)
+    config = getattr(_unwrapped(model), "saved_config", getattr(_unwrapped(model), "config", None))
     state = {
         "format": FORMAT,
         "iteration": iteration,
@@ -264,7 +267,7 @@ def _load(
     if model is not None:
         try:
             load_whole(model, Tensors(path, shards["model"]), parts, state["tied"])
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:  # KeyError: of a tensor that another is tied to
             raise ValueError(f"checkpoint {called} does not fit the model: {error}") from None
     if optimizer is not None:
         if state["optimizer"] is None:
@@ -471,8 +474,13 @@ def _directory(path: str | os.PathLike | IO[bytes]) -> Iterator[str | os.PathLik
             with zipfile.ZipFile(path) as archive:
                 if STATE not in archive.namelist():  # what torch.save wrote, say
                     raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote, with {STATE}")
+                unpacked = sum(member.file_size for member in archive.infolist())
+                if unpacked > MOST_UNPACKED * max(1 << 20, archive.start_dir):
+                    raise DamagedError(f"{what} would unpack to {unpacked:,} bytes: no checkpoint of its size does")
                 archive.extractall(directory)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a place before the file begins
+                raise
             raise DamagedError(f"{what} holds no checkpoint: expected what save_checkpoint wrote ({error})") from None
         yield directory
 
@@ -512,9 +520,31 @@ def _read_state(path: str | os.PathLike, archive: str | None) -> tuple[pathlib.P
             raise ValueError(f"format {state['format']}, expected {' or '.join(map(str, READABLE))}")
         if "checksums" in state and state["checksums"].get(STATE) != _text_digest(state):
             raise ValueError("it is not what was written (its checksum differs)")
+        _check_state(state)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"checkpoint {archive or found} cannot be read: {STATE}: {error}") from None
     return found, state
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raises ValueError for what save_checkpoint does not write, which may have its checksum."""
+    optimizer = state["optimizer"]
+    values = [("iteration", state["iteration"], int), ("tied", state["tied"], dict)]
+    values += [("shards", state.get("shards", {}), dict)]
+    if optimizer is not None:
+        values += [("optimizer", optimizer, dict), ("optimizer.numbers", optimizer["numbers"], dict)]
+        values += [(f"optimizer.numbers.{i}", numbers, dict) for i, numbers in optimizer["numbers"].items()]
+        values += [("optimizer.groups", optimizer["groups"], list)]
+        values += [("optimizer.groups", group, dict) for group in optimizer["groups"]]
+    files = [shard for shards in state.get("shards", {}).values() for shard in shards]
+    values += [("shards", shard, dict) for shard in files]
+    for name, value, kind in values:
+        if type(value) is not kind:
+            raise ValueError(f"{name} must be {kind.__name__}, got {value!r:.80}")
+    if bad := [f"{name} is {same}" for name, same in state["tied"].items() if not isinstance(same, str)]:
+        raise ValueError(f"a tensor that is tied has the name of another: {bad[0]:.80}")
+    if bad := [shard["file"] for shard in files if not is_name(shard["file"])]:
+        raise ValueError(f"it names {bad[0]!r:.80}, which is no file of its directory")
 
 
 def _load_optimizer(
@@ -539,10 +569,10 @@ def _load_optimizer(
             state.setdefault(place, {})[key] = tensor
     mine = optimizer.state_dict()
     pairs = zip(saved["groups"], mine["param_groups"], strict=False)
-    groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in pairs]
     try:
+        groups = [{k: _like(m.get(k), v) for k, v in g.items()} for g, m in pairs]
         optimizer.load_state_dict(mine | {"state": state, "param_groups": groups})
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"checkpoint {called} does not fit the optimizer: {error}") from None
 
 

@@ -65,6 +65,9 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "bf16_weights", "fp32"] = "auto"
     """Of the matrix products; weights are fp32. auto: bf16 on a GPU, fp32 on a CPU. bf16_weights: weights are bf16 too,
     which generation reads as training writes them; optimizer.rounding says what becomes of their other 16 bits."""
+    fp8: bool = False
+    """Multiply in floats of 8 bits in the layers' linear layers as they are trained (ops.linear_scaled), those with
+    fewer than 128 features on a side left out; evaluation does not. A GPU must be of capability 8.9 or newer."""
     compile: bool | None = None
     """torch.compile the layers, those of one kind once for all of them. None: on a GPU."""
     cuda_graph: bool | Literal["auto"] = "auto"

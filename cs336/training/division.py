@@ -350,6 +350,8 @@ def why_not(config: TrainConfig, sizes: dict[str, int]) -> str | None:
     if (N := sizes["tensor"]) > 1:
         if reason := tensor.why_not(empty, N):
             return f"tensor = {N}: {reason}"
+        if config.fp8:
+            return f"tensor = {N} splits every matrix, and fp8 = true rounds whole ones, with one scale: leave one out"
         if optimizer not in ELEMENTWISE:
             others = ", ".join(ELEMENTWISE)
             return f"tensor = {N} splits every matrix, and {optimizer} needs whole ones: use {others}"

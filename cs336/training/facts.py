@@ -92,4 +92,5 @@ def _recompute(learner: Learner) -> str:
 
 def _precision(learner: Learner) -> str:
     weights = " weights" if learner.weight_dtype == torch.bfloat16 else ""
-    return str(learner.dtype).removeprefix("torch.") + weights
+    products = ", products of layers in fp8" if learner.config.fp8 else ""
+    return str(learner.dtype).removeprefix("torch.") + weights + products

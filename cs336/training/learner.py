@@ -14,6 +14,7 @@ from cs336.models import Transformer
 from cs336.models.memory import Memory
 from cs336.models.recompute import call_layer
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
+from cs336.nn.quantized import FP8_FEATURES, train_in_fp8
 from cs336.ops import registry
 from cs336.optim import clip_scale
 from cs336.parallel import ShardedAdamW, ShardedOptimizer
@@ -63,6 +64,8 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
+        if config.fp8:
+            self._train_in_fp8()
         precision = ("bf16" if low else "fp32") if config.precision == "auto" else config.precision
         self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled, precision=precision))
         self.optimizer = self.division.optimizer
@@ -76,6 +79,12 @@ class Learner:
         self._decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.graph = self._graph()
         self._lrs = [torch.zeros((), device=self.device) for _ in self._decays]  # of the graph
+
+    def _train_in_fp8(self) -> None:
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
+            raise ValueError(f"fp8 = true wants a GPU of compute capability 8.9 or newer: {self.device} is older")
+        if not train_in_fp8(self.model.layers):
+            raise ValueError(f"fp8 = true: no linear layer has {FP8_FEATURES} features or more on both sides")
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""

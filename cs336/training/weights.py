@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from cs336.models import Transformer, TransformerConfig, from_pretrained
 from cs336.models.huggingface import is_adapter, read_config, read_step
+from cs336.nn import is_quantized
 from cs336.training.checkpoint import MODEL, STATE, list_checkpoints, load_checkpoint, read_model_config
 from cs336.utils.config import to_table
 
@@ -16,7 +17,9 @@ MAY_DIFFER = {
     "init_std",
     "mup_base_width",
     "float32_norms",
-}  # no weight has their shape, and no result at the same positions changes but by rounding
+}
+"""No weight has their shape, and no result at the same positions changes but by rounding, or where a LongRoPE has its
+other factors in another context_length."""
 
 
 def find_model(path: str | os.PathLike) -> pathlib.Path:
@@ -46,6 +49,8 @@ def load_weights(model: Transformer, path: pathlib.Path) -> None:
     path = find_model(path)
     if _is_layout(path):
         source = from_pretrained(path, device=model.device)
+        if is_quantized(source):
+            raise ValueError(f"init_from {path} is quantised, and would not learn: give the model that it was made of")
         _check_same(source.config, model.config, path)
         try:
             model.load_state_dict(source.state_dict())

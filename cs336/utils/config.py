@@ -250,6 +250,23 @@ def _keys(kind: type, prefix: str, of: str, begins: Table) -> Iterator[Key]:
                 yield from _keys(member, f"{name}.", f"{name}.{TAG} = {_tag_of(member)!r}", own)
 
 
+@functools.cache
+def _in_lists(kind: type, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """The keys of the tables of lists, by their last name: of which list, and their place in one of its tables."""
+    found: dict[str, tuple[str, str]] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name, hint = prefix + field.name, _plain(_hints(kind)[field.name])
+        for member in _classes(hint):
+            found = _in_lists(member, f"{name}.") | found
+        if typing.get_origin(hint) not in (tuple, list):
+            continue
+        for key in (key for member in _classes(typing.get_args(hint)[0]) for key in keys(member)):
+            steps = key.name.split(".")
+            for i, step in enumerate(steps, 1):
+                found.setdefault(step, (name, ".".join(steps[:i])))
+    return found
+
+
 def _default_text(field: dataclasses.Field) -> str | None:
     value = _default(field)
     return None if value is MISSING else "" if value is None else _toml_value(to_table(value))
@@ -429,8 +446,12 @@ def _unknown(classes: Sequence[type], name: str, above: str, root: type) -> str:
         return f"{text}; did you mean {above}{near[0]}?"
     if other := next((key.of for key in known if key.name == above + name), ""):
         return f"{text} of this {TAG}: it goes with {other}"
-    if near := difflib.get_close_matches(name, elsewhere, 1, 0.7):
+    listed = _in_lists(root)
+    if (near := difflib.get_close_matches(name, elsewhere, 1, 0.7)) and name not in listed:
         return f"{text}; did you mean {elsewhere[near[0]]}?"
+    if near := difflib.get_close_matches(name, listed, 1, 0.8):
+        place, path = listed[near[0]]
+        return f"{text}; did you mean {path} in one of [[{place}]]?"
     return f"{text}: known are {', '.join(above + key for key in own)}"
 
 

@@ -38,12 +38,13 @@ class Contents:
         below the directory `without`. How the path is spelled does not count."""
         path = pathlib.Path(path)
         if path.is_dir():
-            held = [[p.relative_to(path).as_posix(), self._file(p)] for p in files_below(path, without)]
+            held = [[p.relative_to(path).as_posix(), self.file(p)] for p in files_below(path, without)]
         else:
-            held = [[path.name, self._file(path)]]
+            held = [[path.name, self.file(path)]]
         return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
-    def _file(self, path: pathlib.Path) -> str:
+    def file(self, path: pathlib.Path) -> str:
+        """SHA-256 of a file's bytes, in hex."""
         path = path.resolve()
         stat = path.stat()
         looks, name = [stat.st_size, stat.st_mtime_ns, stat.st_ino], str(path)

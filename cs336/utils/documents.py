@@ -27,6 +27,7 @@ BLOCK_CHARS = 1 << 20  # a separator that matters shows up in the first block
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
 JSON_LINES = {".jsonl", ".ndjson"}
 LONGEST_FIRST_LINE = 1 << 24  # bytes, of a `.json` file that may be JSON lines
+LONGEST_LINE = 1 << 30  # bytes: a packed file of megabytes may be one line that no memory holds
 TEXT_FIELD = "text"
 
 
@@ -214,10 +215,12 @@ class _Reader:
     def _json_lines(self, path: pathlib.Path) -> Iterator[Document]:
         name = self.text_field
         with open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
                 if is_blank(line):
                     continue
                 where = f"{path}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"{where}: a line of more than {LONGEST_LINE:,} bytes, which is no document")
                 try:
                     row = parse_line(line)
                 except (ValueError, RecursionError) as error:
@@ -233,13 +236,19 @@ class _Reader:
 
     def _parquet(self, path: pathlib.Path) -> Iterator[Document]:
         try:
-            from pyarrow import ArrowInvalid, parquet
+            from pyarrow import ArrowException, parquet
         except ImportError:
             raise ImportError(f"reading {path} needs pyarrow: pip install 'cs336[data]'") from None
         try:
             table = parquet.ParquetFile(path)
-        except ArrowInvalid as error:
+        except ArrowException as error:
             raise ValueError(f"{path} is not a parquet file: {error}") from None
+        try:
+            yield from self._rows(path, table)
+        except (ArrowException, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+    def _rows(self, path: pathlib.Path, table: Any) -> Iterator[Document]:
         names = table.schema_arrow.names
         if self.text_field not in names:
             raise ValueError(

@@ -6,17 +6,18 @@
 Everything is little-endian. Tokens are uint16 where the vocabulary fits, else uint32.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
 
-from cs336.utils.files import Paths, path_list, replacing, write_json
+from cs336.utils.files import Paths, is_name, path_list, replacing, write_json
 
 HEADER = 256  # int32
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
@@ -150,14 +151,11 @@ class ShardWriter:
         rest = np.ascontiguousarray(ids, self.dtype)
         while len(rest):
             head, rest = np.split(rest, [self.shard_tokens - self._filled])
-            try:
+            with self._named():
                 self._begin_shard().write(head.data)
-            except OSError as error:
-                error.filename = error.filename or os.fspath(self.directory)  # a full disk names no file
-                raise
-            self._filled += len(head)
-            if self._filled == self.shard_tokens:
-                self._finish_shard()
+                self._filled += len(head)
+                if self._filled == self.shard_tokens:
+                    self._finish_shard()
         self.meta = dataclasses.replace(
             self.meta,
             documents=self.meta.documents + documents,
@@ -169,7 +167,8 @@ class ShardWriter:
         """Finish the last shard, put all in their place, and write meta.json."""
         self._begin()
         if self._file is not None:
-            self._finish_shard()
+            with self._named():
+                self._finish_shard()
         (self.directory / META).unlink(missing_ok=True)  # first: from here on the directory is unfinished
         for path in self.directory.glob("*.bin"):
             if path.stem.isdecimal():  # not another's 2024-01.bin
@@ -191,7 +190,8 @@ class ShardWriter:
             self.close()
             return
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of what was to be written still, where that was what failed
+                self._file.close()
         if self._begun and not self._kept:
             shutil.rmtree(self._unfinished)
 
@@ -199,8 +199,9 @@ class ShardWriter:
         """How far the shards are, as JSON values. What is written so far is on the disk when this returns."""
         self._begin()
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._named():
+                self._file.flush()
+                os.fsync(self._file.fileno())
         self._kept = True
         return {"meta": dataclasses.asdict(self.meta), "filled": self._filled}
 
@@ -223,6 +224,15 @@ class ShardWriter:
             self._file.truncate(sizes[-1])
             self._file.seek(sizes[-1])
         return True
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk names no file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or os.fspath(self.directory)
+            raise
 
     def _begin(self) -> None:
         if not self._begun:
@@ -275,9 +285,26 @@ def read_meta(directory: str | os.PathLike) -> TokenMeta:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("format") != TokenMeta.format:
             raise ValueError(f"format {found.get('format')!r}, expected {TokenMeta.format}")
-        return TokenMeta(**(found | {"shards": tuple(found["shards"])}))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not isinstance(found["shards"], list):
+            raise ValueError(f"shards must be a list of names, got {found['shards']!r:.80}")
+        meta = TokenMeta(**(found | {"shards": tuple(found["shards"])}))
+        _check_meta(meta)
+        return meta
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used ({error}); tokenize the corpus again") from None
+
+
+def _check_meta(meta: TokenMeta) -> None:
+    """Raises ValueError for a field of another kind, and for a file that is not in the directory itself."""
+    for name in ("vocab_size", "eot_id", "documents", "tokens", "text_bytes"):
+        value = getattr(meta, name)
+        if type(value) is not int or value < (name == "vocab_size"):
+            raise ValueError(f"{name} must be a whole number that counts, got {value!r:.80}")
+    if not isinstance(meta.tokenizer, str):
+        raise ValueError(f"tokenizer must be a fingerprint, got {meta.tokenizer!r:.80}")
+    for file in (*meta.shards, *([] if meta.tokenizer_file is None else [meta.tokenizer_file])):
+        if not is_name(file):
+            raise ValueError(f"it names {file!r:.80}, which is no file of its directory")
 
 
 def open_tokens(paths: Paths) -> tuple[list[np.ndarray], TokenMeta | None]:

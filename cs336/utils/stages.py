@@ -88,9 +88,15 @@ class _Job:
     def run(self) -> None:
         record = self._record()
         if theirs := [name for stage in self.stages if stage.name not in record for name in self._made(stage)]:
+            held = ", ".join(dict.fromkeys(theirs))
+            if not record and (self.directory / CONTENTS).exists():
+                raise ValueError(
+                    f"{self.directory / RECORD}, which says what {held} were made from, is gone or cannot be read: put "
+                    "it back, or move them away and they are made anew"
+                )
             raise ValueError(
-                f"{self.directory} holds {', '.join(dict.fromkeys(theirs))}, which this job did not make and would "
-                "replace: choose another directory"
+                f"{self.directory} holds {held}, which this job did not make and would replace: choose another "
+                "directory"
             )
         for number, stage in enumerate(self.stages, 1):
             made_from = {
@@ -137,7 +143,8 @@ class _Job:
             record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        return {name: entry for name, entry in record.items() if isinstance(entry, dict)}
+        entries = record.items() if isinstance(record, dict) else ()
+        return {name: entry for name, entry in entries if isinstance(entry, dict)}
 
     def _write(self, stage: Stage, entry: dict[str, Any]) -> None:
         record = self._record() | {stage.name: entry}

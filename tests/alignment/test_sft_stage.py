@@ -10,6 +10,7 @@ from tiny_policy import TEMPLATE, digits, rows_of, save_model, tokenizer, write_
 
 from cs336.alignment.batches import Batches, pad_examples
 from cs336.alignment.examples import encode_completion, read_examples
+from cs336.alignment.lora import LoRAConfig, apply_lora
 from cs336.alignment.run import StageRun
 from cs336.alignment.sft import Example
 from cs336.alignment.stage import SMALL, Policy, slow_rate
@@ -17,7 +18,8 @@ from cs336.alignment.stages.sft import SFTConfig, SFTStage
 from cs336.cli.program import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
-from cs336.models import BlockConfig, Transformer
+from cs336.inference.quantization import compress
+from cs336.models import BlockConfig, Transformer, from_pretrained
 from cs336.nn import AttentionConfig, MoEConfig
 from cs336.training import decisions
 from cs336.training.run_dir import RunDir
@@ -164,6 +166,15 @@ def test_adapters_learn_and_the_rest_stays(tmp_path, model):
         [{"role": "user", "content": "1"}]
     )
     assert alone.encode(["3=3"]) == llm.encode(["3=3"])
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": {"rank": 2}}])
+def test_a_quantised_model_which_would_not_learn_is_refused(tmp_path, model, options):
+    compress(model, tmp_path / "int8", "int8", 8)
+    with pytest.raises(ValueError, match="int8 is quantised, and its weights would not learn: give the model"):
+        run(config(tmp_path, tmp_path / "int8", **options))
+    with pytest.raises(ValueError, match="adapt the model that it was made of"):
+        apply_lora(from_pretrained(tmp_path / "int8"), LoRAConfig())
 
 
 def test_a_killed_run_repeats_itself_bit_for_bit(tmp_path, model):

@@ -11,9 +11,11 @@ import torch
 from cs336.cli.program import main
 from cs336.compression import Distill, DistillConfig, TopLogits, distill, kl_of_top, prune_depth
 from cs336.compression import distill_job as job
+from cs336.inference.quantization import compress
 from cs336.models import Transformer, TransformerConfig, from_pretrained, save_pretrained
 from cs336.tokenizer import Tokenizer
 from cs336.training import NextToken
+from cs336.training.weights import load_weights
 from cs336.utils import stages
 
 
@@ -169,6 +171,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(saved, tmp_path, monkey
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "cut")]) == 0
     assert capsys.readouterr().out.count("(done before)") == 4
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 0
+    again = from_pretrained(tmp_path / "cut").state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_nothing_is_learned_again_when_it_stops_behind_the_export(saved, tmp_path, monkeypatch):
@@ -214,3 +220,13 @@ def test_another_tokenizer_is_refused(saved, tmp_path):
     save_pretrained(model_of(1, 270), tmp_path / "other", tokenizer)
     with pytest.raises(ValueError, match="they must share a tokenizer"):
         distill(place / "teacher", tmp_path / "other", tmp_path / "out", calibrate=text)
+
+
+def test_a_quantised_student_which_would_not_learn_is_refused(saved, tmp_path):
+    place, text = saved
+    compress(place / "student", tmp_path / "int8", "int8", 8)
+    config = DistillConfig(top_k=8, steps=1)
+    with pytest.raises(ValueError, match="int8 is quantised, and would not learn"):
+        distill(place / "teacher", tmp_path / "int8", tmp_path / "out", calibrate=text, config=config)
+    with pytest.raises(ValueError, match="int8 is quantised, and would not learn"):
+        load_weights(from_pretrained(place / "student"), tmp_path / "int8")

@@ -232,6 +232,10 @@ def test_the_verb_writes_a_model_that_loads_and_does_nothing_twice(saved, tmp_pa
     assert main([*command, "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("(done before)") == 2
     assert (out / "model.safetensors").read_bytes() == first
+    (out / "model.safetensors").unlink()
+    assert main([*command, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("(done before)") == 2
+    assert (out / "model.safetensors").read_bytes() == first
     assert json.loads((out / "compression.json").read_text()) == said
 
 

@@ -49,6 +49,18 @@ def test_what_was_deleted_comes_back(built, name):
     assert build() == built
 
 
+@pytest.mark.parametrize("stage", ["1-extract", "2-documents"])
+def test_what_was_changed_is_made_again(built, stage):
+    path = pathlib.Path("out", stage, "documents/00001.jsonl")
+    damaged = bytearray(path.read_bytes())
+    damaged[20] ^= 1  # the size stays
+    path.write_bytes(damaged)
+    other = pathlib.Path("out/1-extract/counts/00000.json")
+    before = other.stat().st_mtime_ns
+    assert build() == built
+    assert other.stat().st_mtime_ns == before  # the unit that was not
+
+
 def test_what_a_source_left_that_is_gone_goes(built):
     pathlib.Path("in/c.jsonl").unlink()
     left = {name: data for name, data in build().items() if name.startswith(("1-extract", "2-documents"))}

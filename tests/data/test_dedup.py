@@ -296,7 +296,8 @@ class TestBloom:
         assert "a" in loaded
         assert "b" not in loaded
         whole = (tmp_path / "bloom").read_bytes()
-        for damaged in (whole[:-1], whole[:10], b"x" + whole[1:]):
+        probes = whole[:16] + b"\xff" * 4 + whole[20:]  # of which each look-up would take seconds
+        for damaged in (whole[:-1], whole[:10], b"x" + whole[1:], probes):
             (tmp_path / "bloom").write_bytes(damaged)
             with pytest.raises(ValueError, match="bloom: "):
                 BloomFilter.load(tmp_path / "bloom")
@@ -304,6 +305,11 @@ class TestBloom:
     @pytest.mark.parametrize(("capacity", "error"), [(0, 0.1), (10, 0.0), (10, 1.0)])
     def test_refuses_what_makes_no_sense(self, capacity, error):
         with pytest.raises(ValueError, match="needs a capacity"):
+            BloomFilter(capacity, error)
+
+    @pytest.mark.parametrize(("capacity", "error"), [(2**63, 0.01), (2**62, 1e-300)])
+    def test_refuses_what_no_memory_holds(self, capacity, error):
+        with pytest.raises(ValueError, match="more than 8 TiB"):
             BloomFilter(capacity, error)
 
 

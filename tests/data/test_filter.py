@@ -1,5 +1,10 @@
 """Language, personal data, quality rules."""
 
+import os
+import pathlib
+import shutil
+import subprocess
+
 import pytest
 
 from cs336 import _text
@@ -227,6 +232,19 @@ def words(text):
 )
 def test_words_are_parted_as_tokenizers_do(text, expected):
     assert words(text) == expected.replace("x.Y", "x . Y").split()
+
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_no_byte_beside_a_text_is_read(tmp_path):
+    """Of a word of one character, of more bytes than one, the byte before it was."""
+    source, root = pathlib.Path(__file__).with_name("word_edges.cpp"), pathlib.Path(__file__).parents[2] / "csrc"
+    sources = [source, *(root / "cpu" / "text" / name for name in ("words.cpp", "unicode.cpp"))]
+    subprocess.run([COMPILER, "-std=c++20", "-I", root, *sources, "-o", tmp_path / "word_edges"], check=True)
+    done = subprocess.run([tmp_path / "word_edges"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
 
 
 class TestGopherQuality:

@@ -152,6 +152,19 @@ class TestRows:
         assert large.reason == "too large"
         assert (broken.reason, broken.id) == ("damaged", f"{tmp_path}/b.parquet:1")
 
+    def test_what_pyarrow_cannot_do_ends_one_file(self, tmp_path, monkeypatch):
+        pyarrow = pytest.importorskip("pyarrow")
+
+        def broken(path):
+            yield {"text": "a"}, 0.5
+            raise pyarrow.ArrowNotImplementedError("integers of less than 8 bits")
+
+        monkeypatch.setattr("cs336.data.sources.rows._parquet_rows", broken)
+        write(tmp_path / "a.parquet", "")
+        page, unread = read(Parquet((str(tmp_path),)))
+        assert (page.content, unread.reason) == ("a", "damaged")
+        assert "less than 8 bits" in unread.detail
+
     def test_hugging_face_directories(self, tmp_path):
         pyarrow = pytest.importorskip("pyarrow")
         write(tmp_path / "hub/README.md", "---\nlicense: cc-by-4.0\n---\n# data")

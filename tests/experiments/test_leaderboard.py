@@ -1,6 +1,7 @@
 """`cs336 leaderboard`: rules, submissions, and the table over them."""
 
 import json
+import math
 import pathlib
 import shlex
 
@@ -148,6 +149,26 @@ def test_other_files_are_no_submissions(tmp_path):
     (tmp_path / "a" / "submission.json").write_text('{"rule": "tiny"}')
     with pytest.raises(ValueError, match="is not a submission"):
         read_submissions(tmp_path)
+
+
+ENTRY = {"rule": "flops-1e18", "budget": "1e18flops", "author": "", "loss": 3.0, "bits_per_byte": 1.0, "text": "t"}
+ENTRY |= {"parameters": 5, "tokens": 9, "flops": 1e17, "seconds": 1.0, "tokenizer": "9 tokens", "device": "H200"}
+ENTRY |= {"commit": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bits_per_byte", math.nan), ("bits_per_byte", -1.0), ("loss", "3.0"), ("tokens", True), ("tokenizer", 5)],
+)
+def test_a_submission_whose_values_are_none_is_refused(tmp_path, key, value):
+    (tmp_path / "submission.json").write_text(json.dumps(ENTRY | {key: value}))
+    with pytest.raises(ValueError, match=rf"submission\.json is not a submission: .*{key} must be a"):
+        read_submissions(tmp_path)
+
+
+def test_a_submission_to_no_rule_is_named(tmp_path):
+    (tmp_path / "submission.json").write_text(json.dumps(ENTRY | {"rule": "mine"}))
+    assert f"{tmp_path.name}: there is no rule 'mine'" in markdown(read_submissions(tmp_path))
 
 
 def test_the_committed_table_is_that_of_the_committed_submissions():

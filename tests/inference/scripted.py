@@ -2,21 +2,22 @@
 
 import contextlib
 import dataclasses
-import json
 
 import torch
 
-from cs336.inference import LLM
+from cs336.inference import LLM, SamplingParams
+from cs336.inference.answer_grammar import constrained
 from cs336.inference.chat import ChatTemplate
+from cs336.inference.tool_formats import FORMATS
 from cs336.models import Transformer, TransformerConfig
 from cs336.tokenizer import Tokenizer
 
 SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257, "<tool_call>": 258, "</tool_call>": 259, "[TOOL_CALLS]": 260}
-SPECIAL |= {"<|python_tag|>": 261, "<|endoftext|>": 262}
+SPECIAL |= {"<|python_tag|>": 261, "<|endoftext|>": 262, "<think>": 263, "</think>": 264}
 TOKENIZER = Tokenizer(
     {i: bytes([i]) for i in range(256)} | {i: text.encode() for text, i in SPECIAL.items()}, [], [*SPECIAL]
 )
-CONFIG = TransformerConfig(263, 2048, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+CONFIG = TransformerConfig(265, 2048, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, init_std=0.3)
 
 # As their families' are, in short.
 HERMES = """
@@ -61,6 +62,17 @@ MISTRAL = """
 {%- elif message.role == 'tool' %}[TOOL_RESULTS]{{ message.tool_call_id }} {{ message.content }}
 {%- else %}[{{ message.role }}] {{ message.content }}{% endif %}
 {%- endfor %}"""
+THINKING = """
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined %}<think>
+{{ '' if enable_thinking else '\n</think>\n\n' }}{% endif %}{% endif %}"""
 TEMPLATES = {"hermes": HERMES, "llama3_json": LLAMA, "mistral": MISTRAL}
 
 CITY = {
@@ -85,18 +97,21 @@ ASK = [{"role": "user", "content": "Is it warm in Łódź?"}]
 
 def written(kind, *calls):
     """Calls, (name, arguments), as the family writes them."""
-    from cs336.inference.tool_parser import FORMATS
+    return FORMATS[kind].write(calls)
 
-    format = FORMATS[kind]
-    before, between, behind = format.written
-    texts = [json.dumps({"name": name, format.arguments: arguments}, ensure_ascii=False) for name, arguments in calls]
-    return before + between.join(texts) + behind
+
+def lark_of(tools, kind, specials=SPECIAL, reasoning=None, place="behind", **wanted):
+    """Of an answer of a model that writes calls as this family does."""
+    return constrained(SamplingParams(**wanted), tools, FORMATS.get(kind), reasoning, place, specials).lark
 
 
 def tool_llm(kind="hermes"):
     torch.manual_seed(5)
-    llm = LLM(Transformer(CONFIG).eval(), TOKENIZER, quiet=True, page_size=16, max_seqs=8, max_step_tokens=512)
-    llm.chat_template = ChatTemplate(TEMPLATES[kind])
+    options = {"quiet": True, "page_size": 16, "max_seqs": 8, "max_step_tokens": 512}
+    if kind not in TEMPLATES:
+        options["tool_parser"] = kind
+    llm = LLM(Transformer(CONFIG).eval(), TOKENIZER, **options)
+    llm.chat_template = ChatTemplate(TEMPLATES.get(kind, HERMES))
     return llm
 
 
@@ -105,8 +120,8 @@ def saying(llm, *texts):
     """Its answers are these, one after the other."""
     left, usual = list(texts), llm.calling
 
-    def calling(params, tools):
-        return dataclasses.replace(usual(params, tools), choice=(left.pop(0),))
+    def calling(params, tools, prompt):
+        return dataclasses.replace(usual(params, tools, prompt), lark=None, choice=(left.pop(0),))
 
     llm.calling = calling
     try:

@@ -20,6 +20,12 @@ BLOCKS = MIXERS | {
     "biases": BlockConfig(
         AttentionConfig(4, qkv_bias=True, out_bias=True), MLPConfig(gated=True, bias=True), LayerNormConfig()
     ),
+    "clamped": BlockConfig(AttentionConfig(4), MLPConfig("clamped_gelu", gated=True, bias=True, d_ff=48)),
+    "experts with biases": BlockConfig(AttentionConfig(4), MoEConfig(4, 2, d_ff=48, bias=True)),
+    "gpt-oss": BlockConfig(
+        AttentionConfig(4, 2, sinks=True, qkv_bias=True, out_bias=True),
+        MoEConfig(4, 2, d_ff=48, activation="clamped_gelu", bias=True),
+    ),
     "parallel experts": BlockConfig(
         AttentionConfig(4, 2), MoEConfig(4, 2, num_shared=1, shared_gate=True), parallel=True
     ),
@@ -33,6 +39,8 @@ def model_of(block):
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             parameter.data *= torch.rand(parameter.shape) ** 3 * 4 + 0.1
+        if name.endswith("bias"):
+            parameter.data += torch.randn(parameter.shape) / 4
     return model
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cs336.inference import template_sandbox
 from cs336.inference.chat import ChatTemplate
 
 MESSAGES = [
@@ -60,6 +61,11 @@ def test_found_in_a_directory(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         ChatTemplate.find(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for wrong, message in (("[]", "must hold a JSON object"), ('{"chat_template": 5}', "chat template 5, no text")):
+        (tmp_path / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            ChatTemplate.find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +78,45 @@ def test_found_in_a_directory(tmp_path):
         ("{% for m in messages %}", "is not Jinja"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}", "more than"),
         ("{{ 1 + 'a' }}", "refuses these messages"),
+        ("{{ 1 / 0 }}", "refuses these messages"),
+        ("{{ 'a'.encode('none') }}", "refuses these messages"),
+        ("{{ 'a' * 10 ** 9 }}", "more than"),
+        ("{{ 9 ** (9 ** 9) }}", "bits"),
+        ("{{ 'x' | center(10 ** 9) }}", "more than"),
+        ("{{ '%1000000000d' % 1 }}{{ '{:>1000000000}'.format(1) }}", "width"),
+        ("{{ '{:>1000000000}'.format(1) }}", "width"),
+        ("{{ '%999999999d' | format(1) }}", "width"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "times"),
+        ("{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}", "more than"),
+        ("{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "more than"),
+        (
+            "{% set n = namespace(a='a') %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+            "more",
+        ),
+        ("{% set x %}" + "{{ 'x' * 4000000 }}" * 2 + "{% endset %}", "more than"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "takes too much"),
+        ("{% for i in range(9) %}" * 30 + "{% endfor %}" * 30, "is not Jinja"),
+        ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "is not Jinja"),
     ],
 )
 def test_bad_templates(template, message):
     with pytest.raises(ValueError, match=message):
         ChatTemplate(template).render(MESSAGES)
+
+
+@pytest.mark.parametrize(("bound", "at_most"), [("MOST_TURNS", 5000), ("MOST_SECONDS", -1.0)])
+def test_a_template_that_writes_nothing_ends_too(monkeypatch, bound, at_most):
+    monkeypatch.setattr(template_sandbox, bound, at_most)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    macros = "{% macro m() %}{% endmacro %}{% for i in range(4000) %}{{ m() }}{% endfor %}"
+    for template in (endless, macros):
+        with pytest.raises(ValueError, match="more than"):
+            ChatTemplate(template).render(MESSAGES)
+
+
+def test_what_is_within_bounds_is_written():
+    template = "{% set x = ['a', messages[0].role] %}{{ '%-4s|' % x[1] ~ '{:>9}'.format(2 ** 9) }}{{ x | join('-') }}"
+    assert ChatTemplate(template).render(MESSAGES) == "system|      512a-system"
 
 
 @pytest.mark.parametrize(

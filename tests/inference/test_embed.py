@@ -18,6 +18,7 @@ from cs336.inference.stages import ModelRecipe
 from cs336.models import Transformer, TransformerConfig, save_pretrained
 from cs336.tokenizer import Tokenizer
 from cs336.utils.config import load, parse
+from cs336.utils.contents import Contents
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
 CONFIG = TransformerConfig(257, 64, num_layers=1, d_model=32, num_heads=2, init_std=0.5)
@@ -82,8 +83,9 @@ def staged(directory, documents, config):
     """(ids of what a stage leaves, what it removed) of documents."""
     (directory / "1-extract/documents").mkdir(parents=True)
     (directory / "1-extract/documents/00000.jsonl").write_bytes(b"".join(map(line_of, documents)))
-    write_index(directory / "1-extract", ["00000.jsonl"], {})
-    run_dedup(config, directory / "1-extract", directory / "2-semantic", keep_removed=False, seed=0)
+    seen = Contents(directory / "seen.json")
+    write_index(directory / "1-extract", ["00000.jsonl"], {}, seen)
+    run_dedup(config, directory / "1-extract", directory / "2-semantic", keep_removed=False, seed=0, seen=seen)
     removed = [json.loads(line) for line in (directory / "2-semantic/removed/00000.jsonl").open()]
     return [document.id for document in Store(directory / "2-semantic")], removed
 

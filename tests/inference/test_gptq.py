@@ -225,12 +225,16 @@ def test_the_verb_goes_on_where_it_was_killed(place, tmp_path, capsys, monkeypat
     assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert run(place, out, "--act-order") == 0
     assert len(calls) == 3
+    (out / weights).unlink()
+    assert run(place, out, "--act-order") == 0
+    assert len(calls) == 5
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     capsys.readouterr()
     assert main(["generate", str(out), "--prompt", "the c", "--temperature", "0", "--max-tokens", "8"]) == 0
     text = LLM(out, quiet=True).generate("the c", SamplingParams(temperature=0, max_tokens=8))[0].text
     assert capsys.readouterr().out.strip() == "the c" + text
     assert run(place, out) == 0
-    assert len(calls) == 5
+    assert len(calls) == 7
 
 
 def test_what_it_cannot_do_is_said(place, tmp_path, capsys):

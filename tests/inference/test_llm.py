@@ -95,7 +95,7 @@ def test_params_of_each_prompt_and_ids(llm):
     for prompts in (np.array([*b"hello"]), [*np.array([*b"hello"])], [torch.tensor([*b"hello"])], (*b"hello",)):
         (f,) = llm.generate(prompts, long)
         assert f.token_ids == b.token_ids
-    for prompts in (None, 5, 1.5, [1.5], [None, "a"], b"hello", [b"hello"], torch.tensor([0.5])):
+    for prompts in (None, 5, 1.5, [1.5], [None, "a"], b"hello", [b"hello"], {"prompt": "a"}, torch.tensor([0.5])):
         with pytest.raises(ValueError, match="a prompt is a text or a list of token ids, got"):
             llm.generate(prompts, short)
     with pytest.raises(ValueError, match="got one number"):
@@ -151,6 +151,9 @@ def test_from_a_directory(tmp_path, model, llm, capsys):
         assert LLM(tmp_path, dtype=name, quiet=True, max_seqs=1).model.embedding.weight.dtype == dtype
     with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, bfloat16, float16, .* got 'int8'"):
         LLM(tmp_path, dtype="int8", quiet=True)
+    for whole in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"of these, got {whole}"):
+            LLM(tmp_path, dtype=whole, quiet=True)
 
 
 def test_chat(tmp_path, model, llm):

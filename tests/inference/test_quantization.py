@@ -121,6 +121,9 @@ def test_rounding_goes_on_where_it_was_killed_and_repeats_nothing(directory, tmp
     with monkeypatch.context() as patched:
         patched.setattr(module, "load_model", stop)
         assert compress(directory, out, "int8", 16) == found
+    (out / "model.safetensors").unlink()
+    assert compress(directory, out, "int8", 16) == found
+    assert (out / "model.safetensors").read_bytes() == first
     compress(directory, out, "int4", 16)
     assert (out / "earlier" / "quantise-1" / "model.safetensors").read_bytes() == first
     assert load_model(out).layers[0].mlp.up_proj.method == "int4"
@@ -132,6 +135,7 @@ def test_rounding_goes_on_where_it_was_killed_and_repeats_nothing(directory, tmp
     [
         (BlockConfig(LatentAttentionConfig(2, 16, 16, rope_head_dim=8)), {"kv_b_proj"}),
         (BlockConfig(AttentionConfig(4, qkv_bias=True), MoEConfig(4, 2)), {"router"}),
+        (BlockConfig(AttentionConfig(4, sinks=True), MoEConfig(4, 2, 48, 1, "clamped_gelu", bias=True)), {"router"}),
         (BlockConfig(AttentionConfig(4), GELUConfig()), set()),
     ],
 )
@@ -238,6 +242,15 @@ def test_a_file_cut_short_and_one_without_its_config_are_refused(directory, tmp_
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"lacks weights: .*q_proj.weight"):
         load_model(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", ["asymmetric", "activations", "act_order"])
+def test_what_is_no_flag_is_refused(directory, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be true or false, got 'yes'"):
+        compress(directory, tmp_path / "small", "fp8", None, **{name: "yes"})
+    if name != "act_order":
+        with pytest.raises(ValueError, match=f"{name} must be true or false, got 1"):
+            quantize_(Transformer(TransformerConfig(64, 16, 1, 32, 4)), "fp8", None, **{name: 1})
 
 
 def test_what_cannot_be_quantised_is_refused(trained, directory, tmp_path):

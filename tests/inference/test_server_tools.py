@@ -174,7 +174,9 @@ def test_tool_choice_none(served):
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name is 'g'"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice asks for a call, and there are no tools"),
         ({"parallel_tool_calls": "perhaps"}, "parallel_tool_calls: "),
-        ({"response_format": {"type": "json_object"}}, "json_schema says what the text must be, which leaves no room"),
+        ({"tools": [TOOLS[1]], "min_tokens": 3}, "tools says where a text may end, and min_tokens does"),
+        ({"reasoning_effort": "low"}, "reasoning_effort 'low' is nothing that this model's chat template takes"),
+        ({"reasoning_effort": "most"}, "reasoning_effort: Input should be 'none', 'minimal', 'low'"),
         ({"tool_choice": NOW, "min_tokens": 3}, "tool_choice says where a text may end"),
         ({"messages": [*ASK, {"role": "tool", "tool_call_id": "a", "content": ""}]}, "messages.1.tool_call_id is 'a'"),
         (
@@ -189,6 +191,33 @@ def test_what_is_refused(served, body, reason):
     assert served[0].under_way == 0
     named = reason.partition(" ")[0].rstrip(".:")
     assert (answer["error"]["param"] or "").startswith(named if named.partition(".")[0] in FIELDS else "")
+
+
+def test_a_response_format_beside_tools(served):
+    schema = {"type": "object", "properties": {"n": {"const": 1}}, "required": ["n"], "additionalProperties": False}
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    for seed in range(4):
+        body = wanted | {"seed": seed, "max_tokens": 600, "parallel_tool_calls": False}  # so that it ends
+        (choice,) = post(served, body)[1]["choices"]
+        if choice["finish_reason"] == "tool_calls":
+            assert choice["message"]["content"] is None
+        else:
+            assert json.loads(choice["message"]["content"]) == {"n": 1}
+
+
+def test_the_effort_of_reasoning(served, monkeypatch):
+    for template, effort, want in (
+        ("{{ reasoning_effort }}", "low", "low"),
+        ("{{ reasoning_effort }}", "none", "none"),
+        ("{{ enable_thinking }}", "none", "False"),
+    ):
+        llm, seen = served[0].llm, []
+        monkeypatch.setattr(llm, "chat_template", ChatTemplate(template))
+        monkeypatch.setattr(llm, "encode", lambda texts, seen=seen: [seen.append(texts[0]) or [65]])
+        assert post(served, {"tools": None, "reasoning_effort": effort, "max_tokens": 1})[0] == 200
+        assert seen == [want]
+    status, answer = post(served, {"tools": None, "reasoning_effort": "low"})
+    assert (status, answer["error"]["param"]) == (400, "reasoning_effort")
 
 
 def test_a_template_without_tools(served, monkeypatch):

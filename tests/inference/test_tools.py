@@ -11,13 +11,26 @@ pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
 
 import jsonschema
-from inference.scripted import ASK, SCHEMAS, SPECIAL, TEMPLATES, TOKENIZER, TOOLS, saying, tool, tool_llm, written
+from inference.scripted import (
+    ASK,
+    SCHEMAS,
+    SPECIAL,
+    TEMPLATES,
+    TOKENIZER,
+    TOOLS,
+    lark_of,
+    saying,
+    tool,
+    tool_llm,
+    written,
+)
 
 from cs336.cli import main
 from cs336.inference import LLM, SamplingParams
 from cs336.inference.chat import ChatTemplate
 from cs336.inference.grammar import Grammars
-from cs336.inference.tool_parser import FORMATS
+from cs336.inference.reasoning import REASONING
+from cs336.inference.tool_formats import FORMATS
 from cs336.inference.tools import Tools
 
 llm_of = functools.cache(tool_llm)
@@ -74,6 +87,40 @@ def test_what_the_model_wrote_is_what_it_reads_in_the_next_turn():
     assert after == before + text + "<|im_end|>\n"
 
 
+def test_calls_where_the_template_has_no_place_for_them():
+    """They are written as the model wrote them."""
+    granite = ChatTemplate(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools }} respond with <|tool_call|> [...]"
+    )
+    call = '<|tool_call|>[{"name": "weather", "arguments": {"city": "Łódź", "x": [1, {"a": null}]}}]'
+    assert granite.render(CALLED).startswith(f"[user]{ASK[0]['content']}[assistant]{call}[tool]warm")
+
+
+def test_a_template_with_another_name_for_tools():
+    template = ChatTemplate("{% if xml_tools %}{{ xml_tools | tojson }}{% endif %}{{ messages[0].content }}")
+    assert json.loads(template.render([{"role": "user", "content": ""}], tools=TOOLS)) == TOOLS
+    assert template.render([{"role": "user", "content": "a"}]) == "a"
+
+
+def test_templates_that_take_arguments_as_text():
+    deepseek = ChatTemplate(
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '\\n' + c.function.arguments }}"
+        "{% endfor %}{% endfor %}"
+    )
+    for messages in (CALLED, as_objects(CALLED)):
+        assert deepseek.render(messages) == 'weather\n{"city": "Łódź", "x": [1, {"a": null}]}'
+    with pytest.raises(ValueError, match="the chat template refuses these messages: can only concatenate str"):
+        ChatTemplate("{{ 'a' + 1 }} tool_calls").render(CALLED)
+
+
+def test_what_was_thought_is_gpt_oss_thinking():
+    template = ChatTemplate("{% for m in messages %}{{ m.thinking }}|{% endfor %} tool_calls")
+    thought = {"reasoning_content": "Hm."}
+    assert template.render([*ASK, CALLED[1] | thought]) == "|Hm.| tool_calls"
+    assert template.render([*ASK, {"role": "assistant", "content": "a"} | thought]) == "|Hm.| tool_calls"
+    assert template.render([*ASK, CALLED[1] | thought | {"content": "I look."}]) == "|| tool_calls"
+
+
 def test_a_template_of_its_own_for_tools(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": TEMPLATES["hermes"]}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
@@ -93,7 +140,7 @@ def test_templates_without_a_place():
             template.render(CALLED)
     llm = tool_llm()
     llm.chat_template = ChatTemplate("{{ tools | tojson if tools }}{{ messages[0].content }}")
-    with pytest.raises(ValueError, match=r"does not show how calls .* give tool_parser .*hermes, llama3_json, mistral"):
+    with pytest.raises(ValueError, match=r"does not show how calls .* give tool_parser .*hermes, qwen3_coder, glm45"):
         llm.chat(ASK, tools=TOOLS)
     assert (
         llm.chat(ASK, SamplingParams(max_tokens=2), tools=TOOLS, tool_choice="none")[0].message["content"] is not None
@@ -144,6 +191,11 @@ def test_calls_without_what_may_be_left_out():
         )
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def changed(**function):
     return [{"type": "function", "function": {"name": "f"} | function}]
 
@@ -178,11 +230,15 @@ def changed(**function):
                 ({"items": {"additionalProperties": {"$defs": {"c": 3}}}}, ".items.additionalProperties.$defs.c must"),
             )
         ),
-        (TOOLS, "any", 'tool_choice must be "none", "auto", "required", or '),
+        (TOOLS, "any", 'tool_choice must be "none", "auto", "required", {"type": "function"'),
         (TOOLS, {"type": "function", "name": "now"}, "tool_choice must be"),
         (TOOLS, {"type": "function", "function": {"name": "then"}}, "tool_choice.function.name is 'then', and"),
         (TOOLS, {"type": "function", "function": {"name": []}}, "tool_choice.function.name is []"),
         (None, "required", "tool_choice asks for a call, and there are no tools"),
+        (TOOLS, allowed("none"), 'tool_choice.allowed_tools must be {"mode": "auto" or "required", "tools": '),
+        (TOOLS, {"type": "allowed_tools"}, "tool_choice.allowed_tools must be "),
+        (TOOLS, allowed("auto", "now", "then"), "tool_choice.allowed_tools has 'then', and the tools are weather, "),
+        (TOOLS, allowed("required"), "tool_choice asks for a call, and there are no tools"),
         ([], {"type": "function", "function": {"name": "now"}}, "tool_choice asks for a call, and there are no tools"),
     ],
 )  # fmt: skip
@@ -197,14 +253,46 @@ def test_what_must_be_called():
     assert (Tools(TOOLS).offered, [*Tools(TOOLS).must]) == (TOOLS, [])
     assert Tools(TOOLS, "required").must == ["weather", "square", "now"]
     named = Tools(TOOLS, {"type": "function", "function": {"name": "now"}})
-    assert (named.must, named.parallel, named.names) == (["now"], False, ["weather", "square", "now"])
+    assert (named.must, named.parallel, [*named.schemas]) == (["now"], False, ["weather", "square", "now"])
 
 
-def accepts(grammars, lark, text):
+def test_some_of_the_tools_are_allowed():
+    """The template tells of all of them."""
+    required = Tools(TOOLS, allowed("required", "now", "weather"))
+    assert (required.must, [*required.schemas]) == (["weather", "now"], ["weather", "now"])
+    assert (required.offered, required.parallel, required.strict) == (TOOLS, True, False)
+    auto = Tools(TOOLS, allowed("auto", "square"))
+    assert ([*auto.must], [*auto.schemas], auto.strict) == ([], ["square"], True)
+    llm, text = llm_of("hermes"), written("hermes", ("now", {}))
+    with saying(llm, text, text):
+        (refused,) = llm.chat(ASK, tools=TOOLS, tool_choice=allowed("auto", "square"))
+        (called,) = llm.chat(ASK, tools=TOOLS, tool_choice=allowed("auto", "now"))
+    assert (refused.message["content"], refused.finish_reason) == (text, "stop")
+    assert called.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_calls_or_a_text_of_a_grammar(kind):
+    """As with OpenAI: what is no call is of the schema; where a call must be there is no text."""
+    grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
+    final = "<|channel|>final<|message|>" if kind == "gpt_oss" else ""
+    reasoning = REASONING["gpt_oss"] if kind == "gpt_oss" else None
+    one = {"json_schema": {"properties": {"n": {"const": 1}}, "required": ["n"], "additionalProperties": False}}
+    call, ten = (FORMATS[kind].write([("square", {"n": n})]) for n in (3, 10))
+    lark = lark_of(Tools(TOOLS), kind, reasoning=reasoning, **one)
+    good, bad = (f'{final}{{"n":{n}}}' for n in (1, 2))
+    for text, want in ((call, True), (good, True), (ten, False), (bad, False), ("", False)):
+        assert accepts(grammars, lark, text) == want, text
+    must = lark_of(Tools(TOOLS, "required"), kind, reasoning=reasoning, **one)
+    assert accepts(grammars, must, call)
+    assert not accepts(grammars, must, good)
+
+
+def accepts(grammars, lark, text, special=True):
     """Whether the grammar lets each token of the text come, and then its end."""
     end = SPECIAL["<|endoftext|>"]
     guide = grammars.guide(SamplingParams(lark=lark), [end])
-    for token in TOKENIZER.encode(text, allowed_special="all"):
+    for token in TOKENIZER.encode(text, allowed_special="all" if special else (), disallowed_special=()):
         if not guide.allowed[token >> 3] >> (token & 7) & 1:
             return False
         guide.advance(token)
@@ -215,8 +303,9 @@ def accepts(grammars, lark, text):
 def test_the_grammar_of_calls(kind):
     grammars = Grammars(TOKENIZER, len(TOKENIZER.vocab))
     weather, square, now = ("weather", {"city": 'Ł"}', "days": 30}), ("square", {"n": 3}), ("now", {})
-    several = Tools(TOOLS, "required").grammar(FORMATS[kind], SPECIAL)
-    for calls in ([weather], [square], [now], [now, weather, square], [weather, weather]):
+    several = lark_of(Tools(TOOLS, "required"), kind, SPECIAL)
+    together = [[now, weather, square], [weather, weather]] if kind != "gpt_oss" else []  # which ends with its call
+    for calls in ([weather], [square], [now], *together):
         assert accepts(grammars, several, written(kind, *calls))
     if kind == "mistral":
         assert accepts(grammars, several, written(kind, now, square).replace("[TOOL_CALLS][", "[TOOL_CALLS] ["))
@@ -231,15 +320,44 @@ def test_the_grammar_of_calls(kind):
         assert not accepts(grammars, several, written(kind, call))
     assert not accepts(grammars, several, "")
     assert not accepts(grammars, several, f"so: {written(kind, now)}")
-    one = Tools(TOOLS, "required", parallel=False).grammar(FORMATS[kind], SPECIAL)
+    one = lark_of(Tools(TOOLS, "required", parallel=False), kind, SPECIAL)
     assert accepts(grammars, one, written(kind, square))
     assert not accepts(grammars, one, written(kind, square, now))
-    named = Tools(TOOLS, {"type": "function", "function": {"name": "now"}}).grammar(FORMATS[kind], SPECIAL)
+    named = lark_of(Tools(TOOLS, {"type": "function", "function": {"name": "now"}}), kind, SPECIAL)
     assert accepts(grammars, named, written(kind, now))
     assert not accepts(grammars, named, written(kind, square))
     assert not accepts(grammars, named, written(kind, now, now))
     without = {text: i for text, i in SPECIAL.items() if text == "<|endoftext|>"}  # then marks are texts
-    assert f"<[{SPECIAL['<tool_call>']}]>" not in Tools(TOOLS, "required").grammar(FORMATS[kind], without)
+    assert f"<[{SPECIAL['<tool_call>']}]>" not in lark_of(Tools(TOOLS, "required"), kind, without)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("specials", [SPECIAL, {}])
+def test_calls_of_strict_tools_that_nobody_asks_for(kind, specials):
+    """Text is free, and where a call begins it is one, by its schema if its tool is strict."""
+    format, grammars = FORMATS[kind], Grammars(TOKENIZER, len(TOKENIZER.vocab))
+    tools = Tools([TOOLS[1], tool("now")])
+    assert (tools.strict, Tools([tool("now")]).strict, Tools(TOOLS, "none").strict) == (True, False, False)
+    follows = functools.partial(accepts, grammars, lark_of(tools, kind, specials), special=bool(specials))
+    three, ten = (format.write([("square", {"n": n})]) for n in (3, 10))
+    assert follows(three)
+    assert follows(format.write([("now", {"n": 3, "s": "a"})]))
+    assert not follows(ten)
+    assert not follows(format.write([("then", {})]))
+    if kind == "gpt_oss":  # whose answers have a mark as well
+        aside = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+        assert follows(f"{aside}<|channel|>final<|message|>No {{ <tool_call.")
+        assert follows(f"{aside}{aside}{three}")
+        assert not follows(f"{aside}{ten}")
+        return
+    assert follows("")
+    assert follows("No { <tool_call.")
+    if not format.bare:
+        assert follows(f"<think>a</think>So:\n{three} and\n{three}.")
+        assert not follows(f"So:\n{ten}")
+        assert not follows(f"{three}{ten}")
+        once = lark_of(Tools([TOOLS[1]], parallel=False), kind, specials)
+        assert accepts(grammars, once, f"So: {three}!", special=bool(specials))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -258,7 +376,7 @@ def test_a_random_model_that_must_call(kind, name):
     assert len({c["id"] for o in output.outputs for c in o.message["tool_calls"]}) == 3
     prompt = llm.chat_template.render(ASK, tools=TOOLS)
     assert output.prompt == prompt
-    begun = {"hermes": 258, "mistral": 260, "llama3_json": ord("{")}[kind]
+    begun = TOKENIZER.encode(FORMATS[kind].write([(name, {})]), allowed_special="all")[0]
     assert output.token_ids[0] == begun  # the mark as the model was taught it, one token
 
 
@@ -287,8 +405,8 @@ def test_answers_with_and_without_calls():
 
 def test_what_leaves_no_room_for_calls(monkeypatch):
     llm = llm_of("hermes")
-    with pytest.raises(ValueError, match="regex says what the text must be, which leaves no room for calls"):
-        llm.chat(ASK, SamplingParams(regex="a"), tools=TOOLS)
+    with pytest.raises(ValueError, match="lark says what the text must be, which leaves no room for calls"):
+        llm.chat(ASK, SamplingParams(lark='start: "a"'), tools=TOOLS)
     assert llm.chat(ASK, SamplingParams(regex="a"), tools=TOOLS, tool_choice="none")[0].text == "a"
     with pytest.raises(ValueError, match="tool_choice says where a text may end, and min_tokens does"):
         llm.chat(ASK, SamplingParams(min_tokens=2), tools=TOOLS, tool_choice="required")
@@ -300,7 +418,9 @@ def test_what_leaves_no_room_for_calls(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llguidance" else found(name))
     with pytest.raises(ValueError, match=r"need llguidance: pip install 'cs336\[structured\]'"):
         llm.chat(ASK, tools=TOOLS, tool_choice="required")
-    llm.chat(ASK, SamplingParams(max_tokens=2), tools=TOOLS)
+    with pytest.raises(ValueError, match=r"need llguidance: pip install 'cs336\[structured\]'"):
+        llm.chat(ASK, tools=TOOLS)  # one of which is strict
+    llm.chat(ASK, SamplingParams(max_tokens=2), tools=[TOOLS[0], TOOLS[2]])
 
 
 def test_lark():
@@ -315,4 +435,6 @@ def test_lark():
 def test_the_verb_knows_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out
+    shown = re.sub(r"[\s│|]", "", capsys.readouterr().out)
+    assert "{" + ",".join(FORMATS) + "}" in shown
+    assert "{" + ",".join([*REASONING, "none"]) + "}" in shown

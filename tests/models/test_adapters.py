@@ -155,10 +155,33 @@ def test_written_and_read_again(tmp_path, interleaved):
 def test_layers_without_a_name_of_their_own(tmp_path):
     table = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
     model = Transformer(FAMILIES["gpt2"].config(table))
+    with pytest.raises(FileNotFoundError):
+        save_adapter(
+            model, {"layers.0.attention.q_proj": low_rank(32, 32)}, tmp_path / "adapter", base=tmp_path, alpha=1
+        )
+    save_pretrained(model, tmp_path)
     for name in ("layers.0.attention.q_proj", "layers.0.mlp.up_proj"):  # in one with others; transposed
         with pytest.raises(ValueError, match=f"{name} is no linear layer of its own in files of gpt2"):
             save_adapter(model, {name: low_rank(32, 32)}, tmp_path / "adapter", base=tmp_path, alpha=1)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_layers_have_the_names_of_the_base_not_of_a_family_that_is_alike(tmp_path):
+    """A Phi-3 of whole heads is a Llama, but for its files."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "pad_token_id": None}
+    config = transformers.Phi3Config(num_attention_heads=4, max_position_embeddings=32, sliding_window=None, **sizes)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    model, rows = from_pretrained(tmp_path), {"q_proj": (32, 32), "o_proj": (32, 32)}
+    layers = {f"layers.0.attention.{name}": low_rank(*shape) for name, shape in rows.items()}
+    with pytest.raises(ValueError, match=r"q_proj is no linear layer of its own in files of phi3"):
+        save_adapter(model, layers, tmp_path / "adapter", base=tmp_path, alpha=1)
+    del layers["layers.0.attention.q_proj"]
+    save_adapter(model, layers, tmp_path / "adapter", base=tmp_path, alpha=4)
+    ((a, b),) = layers.values()
+    with torch.no_grad():
+        model.layers[0].attention.o_proj.weight += 4 / len(a) * b @ a
+    torch.testing.assert_close(from_pretrained(tmp_path / "adapter")(IDS), model(IDS), rtol=1e-4, atol=1e-4)
 
 
 def adapted_by_peft(directory, **fields):

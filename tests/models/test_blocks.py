@@ -352,6 +352,7 @@ REFUSED = [
     (lambda: YarnScaling(2.0, 0), "original_context_length must be a positive integer"),
     (lambda: Llama3Scaling(2.0, 8, 4.0, 4.0), "high_freq_factor must exceed low_freq_factor 4.0, got 4.0"),
     (lambda: LongRopeScaling((1.0,), (0.0,), 8, 2.0), r"long_factors\[0\] must be a positive, finite number, got 0.0"),
+    (lambda: LongRopeScaling((1.0,), 2.0, 8, 2.0), "long_factors must be a list or tuple, got 2.0"),
     (lambda: LongRopeScaling((1.0,), (1.0,), 1, 2.0), "original_context_length must be at least 2"),
     (
         lambda: block(positions=RopeConfig(scaling=LongRopeScaling((1.0,) * 4, (1.0,) * 3, 8, 2.0))),

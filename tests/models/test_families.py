@@ -15,6 +15,7 @@ from test_transformer import make
 from benchmarks.end_to_end.variants import VARIANTS
 from cs336.inference import SamplingParams
 from cs336.inference.generate import generate_ids
+from cs336.inference.load import load_model
 from cs336.models import BlockConfig, Transformer, TransformerConfig, from_pretrained, save_pretrained
 from cs336.models.gguf.architectures import ARCHITECTURES
 from cs336.models.huggingface.directory import FAMILIES
@@ -32,6 +33,7 @@ from cs336.nn import (
     SwiGLUConfig,
     YarnScaling,
 )
+from cs336.training import save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -238,6 +240,12 @@ def test_longrope_is_chosen_by_the_longest_text(tmp_path):
     save_pretrained(short, tmp_path / "short")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
     assert_same_greedy(short, again)
+    assert again.config.max_position_embeddings == 192
+    assert_same(from_pretrained(tmp_path / "short"), theirs, ids)  # it is saved as what it was
+    save_checkpoint(short, None, 0, tmp_path / "checkpoint")
+    read = load_model(tmp_path / "checkpoint"), load_model(tmp_path / "checkpoint", max_len=90)
+    assert_same(read[0], theirs, ids)
+    assert_same(read[1], theirs, ids[:, :90])
 
 
 NEWER = ("gemma", "phi3", "smollm3", "granite", "olmoe", "qwen2_moe", "cohere", "cohere2", "gpt_oss")

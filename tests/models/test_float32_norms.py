@@ -101,6 +101,7 @@ def test_no_cast_makes_them_narrower():
     assert dtypes(Transformer(SHAPE).to(torch.bfloat16)) == ({torch.float32}, {torch.bfloat16})
     assert dtypes(model.to("meta")) == ({torch.float32}, {torch.bfloat16})
     assert dtypes(model.double()) == ({torch.float64}, {torch.float64})
+    assert dtypes(model.bfloat16()) == ({torch.float32}, {torch.bfloat16})
     plain = Transformer(dataclasses.replace(SHAPE, float32_norms=False))
     assert dtypes(plain.bfloat16()) == ({torch.bfloat16}, {torch.bfloat16})
     for norm in (RMSNorm(4, dtype=torch.bfloat16), LayerNorm(4, dtype=torch.bfloat16)):

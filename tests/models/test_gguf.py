@@ -225,6 +225,7 @@ def test_conversations_are_written_by_the_template_of_the_file(tmp_path):
         ({"llama.embedding_length": None}, "lacks llama.embedding_length"),
         ({"general.architecture": 3}, "general.architecture of type int: expected str"),
         ({"general.alignment": 24}, "general.alignment 24: expected a power of two"),
+        ({"llama.attention.head_count": 5}, r"tiny\.gguf: .*num_heads"),
     ],
 )
 def test_other_models_are_refused(tmp_path, change, message):

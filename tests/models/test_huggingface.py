@@ -409,6 +409,32 @@ def test_damaged_and_missing_files(tmp_path):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": ["llama"]}, "model_type must be one of"),
+        ({"num_key_value_heads": 3}, "num_heads"),
+        ({"num_hidden_layers": 5000}, "num_layers must be at most 4,096"),
+    ],
+)
+def test_the_file_of_what_no_model_can_be_is_named(tmp_path, change, message):
+    save_pretrained(make(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: .*{message}"):
+        from_pretrained(tmp_path)
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    save_pretrained(make(), tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not a text in UTF-8"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: maximum recursion"):
+        from_pretrained(tmp_path)
+
+
 def test_old_rotary_buffers_are_ignored(tmp_path):
     model = make()
     save_pretrained(model, tmp_path)

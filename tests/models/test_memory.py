@@ -20,6 +20,7 @@ VARIANTS = {
     "grouped": {"num_kv_heads": 2, "d_ff": 40, "tie_embeddings": True},
     "wide heads": {"head_dim": 12, "num_kv_heads": 1, "qk_norm": True, "qkv_bias": True},
     "capped": {"logit_softcap": 3.0},
+    "float32 norms": {"float32_norms": True, "qk_norm": True},
     "blocks": {
         "num_heads": None,
         "num_layers": 4,
@@ -104,7 +105,11 @@ def test_weights_and_optimizer(config):
     optimizer.step()
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     assert memory.optimizer == sum(t.nbytes for t in tensors if t.dim())
-    assert training_memory(config, 1, weight_bytes=2).weights == memory.weights // 2
+    narrow = Transformer(config, dtype=torch.bfloat16)
+    ops.cross_entropy(narrow(torch.zeros(1, 4).long()), torch.zeros(1, 4).long()).backward()
+    memory = training_memory(config, 1, weight_bytes=2)
+    assert memory.weights == sum(p.nbytes for p in narrow.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in narrow.parameters())
 
 
 def test_decoding(config):

@@ -33,3 +33,5 @@ def test_ids_must_be_integers():
 def test_ids_outside_the_table(bad):
     with pytest.raises(IndexError, match=f"ids must be 0 to 2, got some from {min(bad, 1)} to {max(bad, 1)}"):
         Embedding(3, 2)(torch.tensor([1, bad]))
+    with pytest.raises(IndexError, match="ids must be 0 to 2, got others"):
+        torch.vmap(Embedding(3, 2))(torch.tensor([[1], [bad]]))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from cs336 import ops
 from cs336.nn import Linear, quantized
 from cs336.nn.linear import join, joined
-from cs336.nn.quantized import QuantizedLinear
+from cs336.nn.quantized import TOKEN, QuantizedLinear, rounded
 from cs336.ops import registry
 from cs336.ops.linear_few_rows import pays
 
@@ -211,3 +211,24 @@ def test_what_the_few_row_kernel_is_not_asked_for():
         with registry.use("triton"):
             assert not pays(x, w, None)
     assert not pays(x, w, None)  # where gradients are recorded
+
+
+@pytest.mark.parametrize("x_group", [TOKEN, 8])
+def test_gradients_pass_rounding_compiled_and_in_transforms_too(x_group):
+    x = torch.randn(3, 20)
+    slope = torch.randn_like(x)
+
+    def loss(x):
+        return (rounded(x, x_group) * slope).sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.equal(leaf.grad, slope)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], slope)
+    assert torch.equal(torch.func.grad(loss)(x), slope)
+    assert torch.equal(torch.vmap(lambda x: rounded(x, x_group))(x), rounded(x, x_group))
+    assert torch.equal(torch.func.jvp(lambda x: rounded(x, x_group), (x,), (slope,))[1], slope)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, slope)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(rounded(dual, x_group)).tangent, slope)

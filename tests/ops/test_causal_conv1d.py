@@ -120,3 +120,10 @@ def test_what_the_raw_ops_refuse(device):
         ops.causal_conv1d(*wide)
     assert torch.equal(ops.causal_conv1d(*wide), wide[0])
     assert ref.fwd(*wide, None, None).shape == (1, 3, 2)
+
+
+def test_segments_alone_are_batched():
+    x, weight, bias, _ = inputs((2, 7, 6), 4, F32, True, False, torch.device("cpu"))
+    many = torch.randint(0, 2, (3, 2, 7)).sort(-1).values
+    got = torch.vmap(lambda segments: ops.causal_conv1d(x, weight, bias, segments))(many)
+    assert torch.equal(got, torch.stack([ops.causal_conv1d(x, weight, bias, segments) for segments in many]))

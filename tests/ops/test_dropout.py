@@ -133,3 +133,11 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             ops.dropout(*args, **options)
+
+
+def test_a_compiled_one_has_its_gradient(device):
+    x, seed = torch.randn(5, 8, device=device, requires_grad=True), torch.tensor(3, device=device)
+    (want,) = torch.autograd.grad(ops.dropout(x, 0.5, seed=seed).sum(), x)
+    compiled = torch.compile(lambda x: ops.dropout(x, 0.5, seed=seed).sum(), backend="aot_eager", fullgraph=True)
+    assert want.any()
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], want)

@@ -75,6 +75,9 @@ def test_gradients_are_plain_torchs(device):
     want = torch.autograd.grad(0.5 * x @ x.mT + 2.0 * c, (x, c), dy)
     for f, w in zip(found, want, strict=True):
         torch.testing.assert_close(f, w)
+    x, c, dx = x.detach(), c.detach(), torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda x: ops.gram(x, c), (x,), (dx,))
+    torch.testing.assert_close(slope, dx @ x.mT + x @ dx.mT)
 
 
 def test_refusals(variant, device):

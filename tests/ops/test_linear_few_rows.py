@@ -69,6 +69,9 @@ def test_gradients_are_those_of_the_plain_layer(variant, device):
     want = torch.autograd.grad(torch.nn.functional.linear(*leaves), leaves, dy)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
+    x, w, b = (t.detach() for t in leaves)
+    _, slope = torch.func.jvp(lambda x: ops.linear_few_rows(x, w, b), (x,), (x + 1,))
+    torch.testing.assert_close(slope, (x + 1) @ w.mT)
 
 
 def test_refusals(variant, device):

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+import cs336
 from cs336 import ops
 from cs336.ops import registry
 
@@ -73,6 +74,23 @@ def test_norms_name_what_is_no_tensor(op):
     for args, message in (((x, None), "weight must be a tensor, got None"), (([1.0], weight), "x must be a tensor")):
         with pytest.raises(TypeError, match=message):
             op(*args)
+    with pytest.raises(TypeError, match=r"residual must be a tensor like x, \(2, 8\) .* got \[1\]"):
+        op(x, weight, residual=[1])
+    with pytest.raises(TypeError, match=r"bias must be a tensor like weight, .* got 3"):
+        ops.layer_norm(x, weight, 3)
+
+
+def test_slopes_in_a_list_are_refused():
+    q = torch.randn(1, 4, 2, 8)
+    for call in (
+        lambda slopes: ops.attention(q, q, q, alibi_slopes=slopes),
+        lambda slopes: ops.attention_varlen(*PACKED, CU, alibi_slopes=slopes),
+        lambda slopes: cs336.flash_attn_func(q, q, q, alibi_slopes=slopes),
+        lambda slopes: cs336.flash_attn_varlen_func(*PACKED, CU, CU, 6, 6, alibi_slopes=slopes),
+        lambda slopes: cs336.flash_attn_with_kvcache(q, q, q, alibi_slopes=slopes),
+    ):
+        with pytest.raises(ValueError, match=r"alibi_slopes must be a float32 tensor, .* got \[0.5, 0.25\]"):
+            call([0.5, 0.25])
 
 
 def test_lengths_of_packed_sequences_are_checked():

@@ -34,6 +34,12 @@ def test_frequencies_by_hand():
     assert sin[2].tolist() == pytest.approx([2 * math.sin(2), 2 * math.sin(0.2)])
 
 
+def test_what_no_memory_holds_is_refused():
+    frequencies = rope_tables.inverse_frequencies(4, 10**30)  # a whole number that torch does not take
+    with pytest.raises(ValueError, match="tables of 1,000,000,000 positions would have 2,000,000,000 angles"):
+        rope_tables.tables(frequencies, 10**9)
+
+
 def test_linear():
     close(rope_tables.linear(rope_tables.inverse_frequencies(64, THETA), 4.0), of_transformers("linear", factor=4.0)[0])
 
@@ -62,9 +68,9 @@ def test_longrope(original, context_length, scale):
     factors = {"short_factor": [1 + i / 40 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}
     options = factors | scale | {"original_max_position_embeddings": original}
     theirs, their_scale = of_transformers("longrope", **options, seq_len=context_length)
-    scaling = LongRopeScaling(
-        *map(tuple, factors.values()), original, scale.get("factor", 8192 / original), scale.get("attention_factor")
-    )
+    said = original, scale.get("factor", 8192 / original), scale.get("attention_factor")
+    scaling = LongRopeScaling(*map(tuple, factors.values()), *said)
+    assert {scaling} == {LongRopeScaling(*factors.values(), *said)}  # lists are as good
     ours, our_scale = scaling.frequencies(64, THETA, context_length)
     close(ours, theirs)
     assert our_scale == pytest.approx(their_scale)

@@ -9,7 +9,7 @@ import torch
 from close import assert_close_to_ref
 from torch import nn
 
-from cs336.optim import AdamW, clip_grad_norm_, clip_scale, grad_norm, param_groups
+from cs336.optim import AdamW, Lion, Muon, clip_grad_norm_, clip_scale, grad_norm, param_groups
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -407,7 +407,7 @@ def test_learning_rate_in_a_tensor(device):
     ("message", "changed"),
     [
         ("lr must not be negative", {"lr": -1.0}),
-        ("lr must not be negative, got nan", {"lr": math.nan}),
+        ("lr must be finite, got nan", {"lr": math.nan}),
         ("lr must be finite, got inf", {"lr": math.inf}),
         ("eps must not be negative", {"eps": -1.0}),
         ("weight_decay must not be negative", {"weight_decay": -1.0}),
@@ -465,6 +465,26 @@ def test_an_option_that_there_is_not_is_named():
     with pytest.raises(TypeError, match="AdamW has no option weigth_decay"):
         AdamW([p], weigth_decay=0.1)
     AdamW([p], fused=True, foreach=False, amsgrad=False)  # torch's, which change nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "meant"),
+    [
+        (AdamW, "weigth_decay", "weight_decay"),
+        (AdamW, "statedtype", "state_dtype"),
+        (Muon, "momentom", "momentum"),
+        (Lion, "beta", "betas"),
+    ],
+)
+def test_an_option_of_a_group_that_is_misspelt_is_named(kind, wrong, meant):
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no option {wrong}, .* is {meant} meant"):
+        kind([{"params": [p], wrong: 0.0}])
+    optimizer = kind([{"params": [p], "lr_scale": 2.0, "max_lr": 1.0, "initial_lr": 1.0, "name": "first"}])
+    with pytest.raises(TypeError, match=f"is {meant} meant"):
+        optimizer.add_param_group({"params": [q], wrong: 0.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [q]})
 
 
 def test_state_that_does_not_fit_changes_nothing():

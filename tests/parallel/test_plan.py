@@ -210,12 +210,13 @@ def test_networks_that_are_none(text):
         hardware.network(text)
 
 
-def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys):
+def test_the_verb_prints_what_the_documentation_says(tmp_path, capsys, monkeypatch):
     """The plan for 1,024 GPUs."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```\w*\n(.*?)```", DOCS.read_text(), re.DOTALL)
     model, shown = next((a, b) for a, b in itertools.pairwise(blocks) if "num_layers = 80" in a)
     (tmp_path / "70b.toml").write_text(model)
-    command = ["plan", "parallel", "--model", str(tmp_path / "70b.toml"), "--gpus", "1024", "--batch-size", "1024"]
+    command = ["plan", "parallel", "--model", "70b.toml", "--gpus", "1024", "--batch-size", "1024"]
     assert program.main(command) == 0
     assert capsys.readouterr().out == shown
     assert program.main([*command, "--network", "8:360 1024:5", "--top", "1"]) == 0
@@ -241,7 +242,7 @@ def test_a_batch_that_is_not_given_is_that_of_the_run_or_one_a_gpu(tmp_path, cap
         assert said.startswith(f"{size} sequences a step, ")
         first, rest = planned(path, "--batch-size", str(size))
         assert plans == f"{first}\n{rest}"
-        assert f"batch_size = {size}\n" in rest
+        assert ("--batch-size" in rest) == (size == 4)  # which the run's file does not have
 
 
 def test_of_equal_times_the_simplest_is_first():
@@ -282,6 +283,28 @@ def test_a_layout_is_a_configuration_of_a_run(tmp_path, capsys):
         assert ("does not run that" in said) == (first != best[0].layout)
         assert program.main([*command, "--write", str(path)]) == 2
         assert "exists: remove it, or write elsewhere" in capsys.readouterr().err
+
+
+def test_the_command_is_the_users_file_with_what_it_lacks(tmp_path, capsys):
+    own = {"run_dir": "runs/own", "data": {"train": "own/train"}, "parallel": {"tensor": 4, "data": 1}}
+    for table in (own, {}, {"model": None}):
+        path = tmp_path / "own.toml"
+        run = {"model": to_table(SMALL), **table} if "model" not in table else to_table(SMALL)
+        path.write_text(dumps(run))
+        assert program.main(["plan", "parallel", "--model", str(path), "--gpus", "4", "--batch-size", "8"]) == 0
+        said = capsys.readouterr().out
+        first = plan(SMALL, 4, batch_size=8)[0].layout
+        command = next(line for line in said.splitlines() if line.startswith("torchrun"))
+        _, config, *options = command.partition(" train ")[2].split()
+        assert ("--data.train" in options, "--run-dir" in options) == (table != own, table != own)
+        if "model" in table:  # a model's fields alone are no run
+            assert config == "run.toml"
+            assert "with the model and\n\nbatch_size = 8\n" in said
+            continue
+        assert config == str(path)
+        wanted = TrainConfig.from_table(override(TrainConfig, run, options))
+        assert (wanted.parallel, wanted.micro_batch_size, wanted.batch_size) == (first.config, first.micro_batch, 8)
+        assert wanted.run_dir == pathlib.Path(own["run_dir"] if table else "runs/planned")
 
 
 def runs(config, layout):

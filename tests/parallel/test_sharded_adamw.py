@@ -339,6 +339,7 @@ def mistakes(rank, world):
         "stride": error_of(lambda: ShardedAdamW([nn.Parameter(wide)])),
         "bucket": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], bucket_mb=-1)),
         "rounding": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], rounding="stochastic")),
+        "misspelt": error_of(lambda: ShardedAdamW([{"params": [nn.Parameter(torch.ones(3))], "weigth_decay": 0.0}])),
         "alike": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3 + rank))])),
         "alike options": error_of(lambda: ShardedAdamW([nn.Parameter(torch.ones(3))], lr=-1.0 if rank else 0.1)),
         "alike strides": error_of(lambda: ShardedAdamW([nn.Parameter(wide if rank else wide.contiguous())])),
@@ -429,6 +430,7 @@ def test_mistakes_are_named(three):
         assert "with stride (1, 6)" in found["stride"]
         assert "bucket_mb must be 0 or more" in found["bucket"]
         assert "rounding must be nearest or remainder, got 'stochastic'" in found["rounding"]
+        assert "ShardedAdamW has no option weigth_decay" in found["misspelt"]
         assert "rank 0 has parameter 0 of group 0: float32 [3]" in found["alike"]
         assert "rank 0 has group 0: {'lr': 0.1" in found["alike options"]
         assert "rank 1 has parameter 0 of group 0: float32 [6, 4], trained, stride (1, 6)" in found["alike strides"]

@@ -153,6 +153,11 @@ def mistakes(rank):
         error = error_of(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2 + rank))]}))
         assert len(optimizer.param_groups) == 1
         optimizer.step()  # still whole
+        ours = ShardedOptimizer([nn.Parameter(torch.ones(3))], AdamW)
+        group = {"params": [nn.Parameter(torch.ones(3))], "weigth_decay": 0.0}
+        assert "AdamW has no option weigth_decay" in error_of(lambda: ours.add_param_group(group))
+        assert len(ours.param_groups) == 1
+        ours.step()
         return error
 
     sizes = [nn.Parameter(torch.ones(n)) for n in (4, 5 + rank, 6 + rank)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cs336 import _text
 from cs336.tokenizer import PATTERNS, Tokenizer, patterns
-from cs336.tokenizer.dialect import translate
+from cs336.tokenizer.dialect import quoted, translate
 
 TABLE = pathlib.Path(__file__).parents[2] / "csrc/cpu/text/unicode_table.h"
 
@@ -164,7 +164,7 @@ def test_spellings_are_of_one_pattern(spelling, text):
     assert regex.findall(expression, text) == regex.findall(EXPRESSIONS[name], text)
 
 
-@pytest.mark.parametrize("bad", ["(", "[z-a]", "gpt3(", "(" * 100_000])
+@pytest.mark.parametrize("bad", ["(", "[z-a]", "gpt3(", "\ud800|a", "(" * 100_000])
 def test_bad_pattern(bad):
     with pytest.raises(ValueError, match="neither one of gpt2"):
         patterns.canonical(bad)
@@ -221,13 +221,38 @@ def test_it_is_not_handed_to_those_who_read_it_in_another_way(tmp_path):
     with pytest.raises(ValueError, match=r"t\.json"):
         Tokenizer.from_huggingface(tmp_path / "t.json")
     for write in (tokenizer.to_tiktoken, lambda path: tokenizer.to_gpt2(path, tmp_path / "merges.txt")):
-        with pytest.raises(ValueError, match=r"would give others other ids: .*has an escape, '\\\\w'"):
+        with pytest.raises(ValueError, match=r"would give others other ids: .*has an escape, '\\w'"):
             write(tmp_path / "theirs")
     with pytest.raises(ValueError, match="read alike"):
         Tokenizer.from_tiktoken(ranks_file(tmp_path), r"\w+|\W+")
     tokenizers = pytest.importorskip("tokenizers")
     with pytest.raises(Exception, match=r"pre_tokenizer|PreTokenizer|variant|untagged"):
         tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(
+    ("expression", "gap"),
+    [
+        (r"\p{N}+|\p{L}+|.", "\n"),
+        (r"\p{L}+|\s", "\0"),
+        (r"(?<!a)1|[^1]", "1"),  # behind an a alone
+        ("[^\U0001f600]", "\U0001f600"),
+        ("[^\U000e0123]", "\U000e0123"),
+    ],
+)
+def test_gaps_that_tiktoken_would_leave_out_are_refused(expression, gap, tmp_path):
+    tokenizer = Tokenizer.train(["a1"], 256, pattern=expression)
+    assert tokenizer.decode(tokenizer.encode(f"a1 {gap}\n")) == f"a1 {gap}\n"
+    with pytest.raises(ValueError, match=re.escape(f"{quoted(expression)} does not match {gap!r} everywhere")):
+        tokenizer.to_tiktoken(tmp_path / "ranks")
+    assert not (tmp_path / "ranks").exists()
+    whole = Tokenizer.train(["a1"], 256, pattern=rf"{expression}|[\s\S]")
+    whole.to_tiktoken(tmp_path / "ranks")
+
+
+def test_errors_show_an_expression_as_it_was_typed():
+    with pytest.raises(ValueError, match=re.escape(r"pattern '(\w+' is neither") + ".* at position 4"):
+        Tokenizer.train(["a"], 257, pattern=r"(\w+")
 
 
 def ranks_file(directory):

@@ -257,6 +257,13 @@ def test_ids_are_those_of_the_scores(tmp_path):
         assert ours.encode_ordinary(text) == by_scores(given, text), repr(text)
 
 
+def test_a_token_of_a_million_characters_is_read(tmp_path):
+    """In no time: its halves were looked up one by one, a million texts of half a million characters."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model_file([*pieces(), ("ab" * 500_000, -5.0, 1)]))
+    assert convert.load(path).vocab_size == len(pieces()) + 1
+
+
 def test_equal_scores_go_by_place(tmp_path):
     given = [("<unk>", 0.0, 2), (MARK, -9.0, 1), ("a", -9.0, 1), ("b", -9.0, 1), ("c", -9.0, 1)]
     given += [("bc", -1.0, 1), ("ab", -1.0, 1), ("abc", -1.0, 1), ("ca", -2.0, 1)]

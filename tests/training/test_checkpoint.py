@@ -91,6 +91,55 @@ def test_errors_name_the_archive(tmp_path):
         load_checkpoint(file, model())
 
 
+def test_archives_of_others_are_refused(tmp_path):
+    whole = save_checkpoint(model(), None, 3, tmp_path / "c.pt").read_bytes()
+    (tmp_path / "bomb.pt").write_bytes(whole)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(1 << 26))
+    with pytest.raises(checkpoint.DamagedError, match=r"bomb\.pt would unpack to 67,[\d,]+ bytes"):
+        load_checkpoint(tmp_path / "bomb.pt")
+    place = whole.rindex(b"PK\5\6") + 16  # where the list of members begins, by the end of the file
+    (tmp_path / "c.pt").write_bytes(whole[:place] + b"\xf0\xff\xff\x7f" + whole[place + 4 :])
+    with pytest.raises(checkpoint.DamagedError, match=r"c\.pt holds no checkpoint"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iteration": "3"},
+        {"tied": []},
+        {"tied": {"a": 3}},
+        {"optimizer": 4},
+        {"optimizer": {"numbers": {}}},
+        {"optimizer": {"numbers": {"0": 1}, "groups": []}},
+        {"optimizer": {"numbers": {}, "groups": [5]}},
+        {"shards": {"model": [{"file": "../model.safetensors", "pieces": {}}]}},
+    ],
+    ids=repr,
+)
+def test_a_state_that_nobody_wrote_is_refused_whatever_its_checksum(tmp_path, change):
+    net, optimizer = model(), AdamW(model().parameters())
+    path = save_checkpoint(net, optimizer, 3, tmp_path / "c")
+    state = json.loads((path / STATE).read_text()) | change
+    state["checksums"][STATE] = checkpoint._text_digest(state)
+    (path / STATE).write_text(json.dumps(state))
+    with pytest.raises(checkpoint.DamagedError, match=rf"{path} cannot be read: {STATE}"):
+        load_checkpoint(path, net, optimizer)
+
+
+def test_options_that_an_optimizer_cannot_have_are_refused(tmp_path):
+    net = model()
+    optimizer = AdamW(net.parameters())
+    path = save_checkpoint(net, optimizer, 3, tmp_path / "c")
+    state = json.loads((path / STATE).read_text())
+    state["optimizer"]["groups"][0]["betas"] = 5
+    state["checksums"][STATE] = checkpoint._text_digest(state)
+    (path / STATE).write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"{path} does not fit the optimizer"):
+        load_checkpoint(path, net, optimizer)
+
+
 def test_weights_alone(tmp_path):
     net, other = model(), model()
     assert save_checkpoint(net, None, 7, str(tmp_path / "c")) == tmp_path / "c"
@@ -311,7 +360,12 @@ def test_errors_name_the_archive_and_not_where_it_is_unpacked(tmp_path):
 
 @pytest.mark.parametrize(
     ("iteration", "extra", "error"),
-    [(-1, {}, "iteration must be a whole number"), (1.5, {}, "iteration"), (1, {"a": object()}, "extra must be JSON")],
+    [
+        (-1, {}, "iteration must be a whole number"),
+        (1.5, {}, "iteration"),
+        (None, {}, "iteration must"),
+        (1, {"a": object()}, "extra must be JSON"),
+    ],
 )
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path, iteration, extra, error):
     with pytest.raises((ValueError, TypeError), match=error):

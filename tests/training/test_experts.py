@@ -58,3 +58,29 @@ def test_a_bias_goes_against_the_load(tmp_path, checkpointing):
     assert values["router_busiest"] > 1
     assert values["router_balance"] == 0
     assert "layers.1.mlp.balance_bias" in learner.model.state_dict()
+
+
+KINDS = {
+    "softmax": MoEConfig(4, 2, d_ff=16, z_loss=0.001),
+    "shared": MoEConfig(8, 2, d_ff=16, num_shared=1, router="sigmoid", scale=1.5, shared_gate=True),
+    "balanced by a bias": MoEConfig(4, 2, d_ff=16, router="sigmoid", balance="bias"),
+    "biases, clamped": MoEConfig(4, 2, d_ff=16, activation="clamped_gelu", bias=True),
+    "one, not gated": MoEConfig(4, 1, d_ff=16, activation="gelu", gated=False),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_weights"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_in_every_precision(tmp_path, device, kind, precision):
+    """On a Hopper GPU the experts' products are torch's grouped ones in the last two, and a loop in the first."""
+    changes = {"model": model(KINDS[kind]), "precision": precision, "device": device, "batch_size": 4}
+    learner = Learner(tiny_run.config(tmp_path, **changes))
+    losses = []
+    for _ in range(12):
+        values = learner.update([t.to(device) for t in batch()], lr=1e-2)
+        losses.append(values["loss"].item())
+        assert values["grad_norm"].isfinite()
+    assert losses[-1] < 0.6 * losses[0]
+    experts = learner.model.layers[1].mlp.experts
+    assert all(p.grad is None or p.grad.shape == p.shape for p in experts.parameters())
+    assert {p.dtype for p in experts.parameters()} == {learner.weight_dtype}

@@ -111,6 +111,9 @@ def test_a_table_begins_from_the_default_of_its_field(options, mlp):
     ("table", "message"),
     [
         ({"mlps": {}}, "unknown key mlps; did you mean mlp?"),
+        ({"names": []}, "unknown key names; did you mean names in one of [[layers]]?"),
+        ({"nmes": []}, "unknown key nmes; did you mean names in one of [[layers]]?"),
+        ({"xyz": []}, "unknown key xyz: known are layers"),
         ({"layers": [{}, {"mlp": {"widht": 3}}]}, "unknown key layers.1.mlp.widht; did you mean layers.1.mlp.width?"),
         (
             {"mlp": {"kind": "dense", "count": 3}},

@@ -164,6 +164,24 @@ def test_parquet(tmp_path):
         list(read_texts(put(path, b"nonsense")))
 
 
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ends, latin = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xe9")
+    parquet.write_table(
+        pyarrow.table({"text": pyarrow.StringArray.from_buffers(1, ends, latin)}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged: 'utf-8'"):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_line_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 100)
+    put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "' + b"x" * 10_000 + b'"}\n'))
+    with pytest.raises(ValueError, match=r"gz:2: a line of more than 100 bytes"):
+        list(read_documents(tmp_path / "a.jsonl.gz"))
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'cs336\[data\]'"):

@@ -33,6 +33,66 @@ def test_an_error_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_at_once_do_not_mix(tmp_path):
+    path = tmp_path / "a.txt"
+    (tmp_path / ".a.txt.tmp").write_text("left by one that was killed, and longer than what comes")
+    with replacing(path) as first:
+        first.write("first, ")
+        first.flush()
+        with replacing(path) as second:
+            second.write("second")
+            assert second.name != first.name
+        assert path.read_text() == "second"
+        first.write("whole")
+    assert path.read_text() == "first, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_has_ended_since_is_not_written_over(tmp_path, monkeypatch):
+    """Between opening a temporary file and locking it, another may have put it in place."""
+    path, flock = tmp_path / "a.txt", files.fcntl.flock
+
+    def put_in_place_first(file, how):
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        os.replace(file.name, path)
+        path.write_text("theirs")
+        flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", put_in_place_first)
+    with replacing(path) as file:
+        assert path.read_text() == "theirs"
+        file.write("ours")
+    assert path.read_text() == "ours"
+
+
+def test_what_is_put_in_place_is_held_until_it_is_there(tmp_path, monkeypatch):
+    path, rename = tmp_path / "a.txt", os.replace
+
+    def with_another(source, target):
+        monkeypatch.setattr(os, "replace", rename)
+        with replacing(path) as second:
+            second.write("second")
+            rename(source, target)
+            assert path.read_text() == "first"
+
+    monkeypatch.setattr(os, "replace", with_another)
+    with replacing(path) as first:
+        first.write("first")
+    assert path.read_text() == "second"
+
+
+def test_a_writer_that_cannot_begin_leaves_anothers_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    with replacing(path) as first:
+        first.write("first")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_own", lambda *_: (tmp_path / "none" / ".a.txt.tmp").open())
+            with pytest.raises(FileNotFoundError) as raised, replacing(path):
+                raise AssertionError("it was opened")
+        assert raised.value.filename == str(path)
+    assert path.read_text() == "first"
+
+
 def test_path_list(tmp_path):
     assert path_list("a") == path_list(["a"]) == path_list(path_list("a"))
 

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -102,6 +103,22 @@ def test_a_source_that_fails_costs_no_tokens(tmp_path, ids):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("count", [5, 50_000])  # that are written as the shard ends, and before
+def test_a_disk_that_is_full_is_named(tmp_path, count):
+    write(tmp_path, range(20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write(tmp_path, [1] * count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path)
+    assert [int(token) for shard in open_tokens(tmp_path)[0] for token in shard] == list(range(20))
+    write(tmp_path, range(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.bin", shards.META]
+
+
 def test_a_process_that_died_costs_no_tokens(tmp_path):
     write(tmp_path, range(20), shard_tokens=4)
     ShardWriter(tmp_path, **SMALL).write(np.ones(5, int))  # never closed
@@ -124,6 +141,33 @@ def test_damaged_sidecar_is_named(tmp_path, text):
     (tmp_path / shards.META).write_text(text)
     with pytest.raises(ValueError, match=r"meta\.json cannot be used"):
         open_tokens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shards": ["../a/00000.bin"]},
+        {"shards": ["/etc/passwd"]},
+        {"shards": [{}]},
+        {"shards": ["\0"]},
+        {"shards": ["\ud800"]},
+        {"shards": "00000.bin"},
+        {"tokenizer_file": "../tokenizer.json"},
+        {"tokens": "20"},
+        {"vocab_size": 0},
+        {"documents": -1},
+        {"text_bytes": True},
+        {"tokenizer": ["t"]},
+    ],
+    ids=repr,
+)
+def test_a_sidecar_that_names_other_files_or_says_nonsense_is_refused(tmp_path, wrong):
+    write(tmp_path / "a", range(20))
+    found = json.loads((tmp_path / "a" / shards.META).read_text())
+    (tmp_path / "a" / shards.META).write_text(json.dumps(found | wrong))
+    with pytest.raises(ValueError, match=rf"meta\.json cannot be used \(.*{next(iter(wrong))[:4]}|no file of its dir"):
+        open_tokens(tmp_path / "a")
+    assert not shards.shards_are_whole(tmp_path / "a")
 
 
 def test_sidecar_and_shards_must_agree(tmp_path):

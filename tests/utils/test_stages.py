@@ -210,9 +210,20 @@ def test_large_inputs_are_read_once(job, monkeypatch):
     assert job.run() == []
 
 
-def test_a_damaged_record_is_no_record(job):
+@pytest.mark.parametrize("left", ["{", '["a list"]', None])
+def test_a_record_that_is_gone_or_damaged_says_how_to_go_on(job, left):
     job.run()
-    (job.directory / RECORD).write_text("{")
-    with pytest.raises(ValueError, match="did not make"):
+    record = job.directory / RECORD
+    whole = record.read_text()
+    record.unlink()
+    if left is not None:
+        record.write_text(left)
+    with pytest.raises(ValueError, match=r"stages\.json, which says what .*model\.txt.* put it back, or move"):
         job.run()
     assert (job.directory / "model.txt").exists()
+    record.write_text(whole)
+    assert job.run() == []
+    record.unlink()
+    for name in ("upper.txt", "model.txt", "progress.txt", "page.txt"):
+        (job.directory / name).rename(job.directory / f"old {name}")
+    assert job.run() == ["upper", "model", "page"]

@@ -20,6 +20,7 @@ from cs336.data.dedup.substrings import Repeats, SubstringReport
 from cs336.data.recipe import AnyDedup, Documents, Lines, MinHash, Paragraphs, Substrings
 from cs336.data.step import Removed, Semantic
 from cs336.tokenizer import Tokenizer
+from cs336.utils.contents import Contents
 from cs336.utils.documents import Document
 from cs336.utils.files import replacing
 
@@ -27,7 +28,13 @@ Decide = Callable[[int, Document], Document | Removed]
 
 
 def run_dedup(
-    config: AnyDedup | Semantic, source: pathlib.Path, target: pathlib.Path, *, keep_removed: bool, seed: int
+    config: AnyDedup | Semantic,
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    keep_removed: bool,
+    seed: int,
+    seen: Contents,
 ) -> Passed:
     """Write to `target` what of the documents in `source` stays, and its index last."""
     store = Store(source)
@@ -45,12 +52,15 @@ def run_dedup(
         decide = _near_duplicates(config, store, seed)
     else:
         decide = _same_meaning(config, store, target, seed)
-    return _write(config.kind, decide, store, target, keep_removed, extra)
+    passed, counted = _write(config.kind, decide, store, target, keep_removed)
+    write_index(target, [path.name for path in store.files], counted | extra, seen)
+    return passed
 
 
 def _write(
-    kind: str, decide: Decide, store: Store, target: pathlib.Path, keep_removed: bool, extra: dict[str, Any]
-) -> Passed:
+    kind: str, decide: Decide, store: Store, target: pathlib.Path, keep_removed: bool
+) -> tuple[Passed, dict[str, Any]]:
+    """What was passed over, and what the index says."""
     passed = Passed(kind)
     samples: Counter[str] = Counter()
     left = left_bytes = index = 0
@@ -77,9 +87,7 @@ def _write(
                 if keep_removed or samples[found.reason] <= SAMPLES:
                     removed.write(removed_line(kind, found, document, whole=keep_removed))
     facts = {"name": kind, "documents": passed.documents, "bytes": passed.bytes, "removed": passed.removed}
-    counted = {"passed": facts, "documents": left, "bytes": left_bytes, **extra}
-    write_index(target, [path.name for path in store.files], counted)
-    return passed
+    return passed, {"passed": facts, "documents": left, "bytes": left_bytes}
 
 
 def _equal_documents(store: Store) -> Decide:

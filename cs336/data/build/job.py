@@ -26,7 +26,7 @@ from cs336.data.build.dedup import run_dedup
 from cs336.data.build.engines import run_local, run_ray
 from cs336.data.build.progress import Progress
 from cs336.data.build.sample import LEAST_HELD_OUT, take_sample, warning
-from cs336.data.build.store import Store, Texts, counts_of, is_whole, read_index, write_index
+from cs336.data.build.store import Store, Texts, changed, counts_of, is_whole, read_index, write_index
 from cs336.data.build.unit import Work
 from cs336.data.mix import mixture_epochs, times
 from cs336.data.pack import pack_shards
@@ -142,7 +142,7 @@ class Build:
                 lambda: self.extract(works),
                 outputs=(f"{EXTRACT}/index.json",),
                 settings={"units": _digest([work.key for work in works])},
-                is_whole=lambda: is_whole(self.output / EXTRACT) and all(work.done for work in works),
+                is_whole=lambda: self._is_whole(EXTRACT) and all(work.done for work in works),
             )
         ]
         source = EXTRACT
@@ -180,7 +180,7 @@ class Build:
             outputs=(f"{target}/index.json",),
             inputs=(self.output / source / "index.json", *_paths(config)),
             settings={**_values(config), **shared, "seed": self.recipe.seed},
-            is_whole=lambda: is_whole(self.output / target),
+            is_whole=lambda: self._is_whole(target),
         )
 
     def _token_stages(self, config: Tokenize, source: str) -> Iterator[Stage]:
@@ -217,6 +217,10 @@ class Build:
                 is_whole=lambda: shards_are_whole(self.output / PACKED),
             )
 
+    def _is_whole(self, stage: str) -> bool:
+        with Contents(self.output / SEEN) as seen:
+            return is_whole(self.output / stage, seen)
+
     @property
     def cores(self) -> int:
         return len(os.sched_getaffinity(0))
@@ -233,6 +237,12 @@ class Build:
         directory.mkdir(exist_ok=True)
         lock = self.lock
         _wait_for_workers(lock)
+        with Contents(self.output / SEEN) as seen:
+            damaged = changed(directory, seen)
+        for work in works:
+            if work.path("documents").name in damaged:
+                work.path("counts").unlink(missing_ok=True)
+        (directory / "index.json").unlink(missing_ok=True)  # it is not that of what is made from here on
         left = [work for work in works if not work.done]
         with Progress(self.console, "extract", sum(w.unit.size for w in works)) as progress:
             progress.advance(sum(work.unit.size for work in works) - sum(work.unit.size for work in left), done=True)
@@ -243,20 +253,17 @@ class Build:
         counts = total(work.counts() for work in works)
         if not works or not counts.stages:
             raise ValueError("the sources hold nothing to read")
-        (directory / "index.json").unlink(missing_ok=True)
-        write_index(directory, [work.path("documents").name for work in works], {"counts": counts.to_json()})
+        with Contents(self.output / SEEN) as seen:
+            names = [work.path("documents").name for work in works]
+            write_index(directory, names, {"counts": counts.to_json()}, seen)
         lost = sum(counts.unread.get(reason, 0) for reason in ("damaged", "too large", "too slow", "killed its worker"))
         listed = f", {lost:,} could not be read" if lost else ""
         return Outcome(f"{counts.documents:,} of {counts.records:,} records are left{listed}")
 
     def dedup(self, config: Dedup, source: str, target: str) -> Outcome:
-        passed = run_dedup(
-            config,
-            self.output / source,
-            self.output / target,
-            keep_removed=self.recipe.keep_removed,
-            seed=self.recipe.seed,
-        )
+        how: dict[str, Any] = {"keep_removed": self.recipe.keep_removed, "seed": self.recipe.seed}
+        with Contents(self.output / SEEN) as seen:
+            passed = run_dedup(config, self.output / source, self.output / target, **how, seen=seen)
         index = read_index(self.output / target)
         said = f"{index['documents']:,} of {passed.documents:,} documents are left"
         for part in PARTS:

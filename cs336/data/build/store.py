@@ -1,6 +1,5 @@
 """The documents of a stage: JSON lines files, named in an index, read in order or one by one."""
 
-import hashlib
 import json
 import pathlib
 import re
@@ -11,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from cs336.data.build.counts import Counts
+from cs336.utils.contents import Contents
 from cs336.utils.documents import Document
 from cs336.utils.files import write_json
 
@@ -19,7 +19,7 @@ BLOCK = 1 << 22
 _UNIT = re.compile(r"\d{5,}\.jsonl?")
 
 
-def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, Any]) -> None:
+def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, Any], seen: Contents) -> None:
     """DIRECTORY/index.json: the files of the stage's documents with their digests, and what was counted.
 
     What an earlier build of more units left in the stage's folders goes.
@@ -28,20 +28,28 @@ def write_index(directory: pathlib.Path, names: Sequence[str], facts: dict[str, 
     for path in directory.glob("*/[0-9]*.json*"):
         if _UNIT.fullmatch(path.name) and path.stem not in stems:
             path.unlink()
-    files = []
-    for name in names:
-        with (directory / "documents" / name).open("rb") as file:
-            files.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    files = [[name, seen.file(directory / "documents" / name)] for name in names]
     write_json(directory / INDEX, {"files": files, **facts}, indent=1)
 
 
-def is_whole(directory: pathlib.Path) -> bool:
-    """Whether the files that a stage's index names are there: what it left, and what it removed."""
+def is_whole(directory: pathlib.Path, seen: Contents) -> bool:
+    """Whether the files that a stage's index names are there: what it left, as it was then, and what it removed."""
     try:
         names = [name for name, _ in read_index(directory)["files"]]
-        return all((directory / folder / name).exists() for folder in ("documents", "removed") for name in names)
     except ValueError:
         return False
+    there = all((directory / folder / name).exists() for folder in ("documents", "removed") for name in names)
+    return there and not changed(directory, seen)
+
+
+def changed(directory: pathlib.Path, seen: Contents) -> list[str]:
+    """The files of documents that are there and not what the stage's index says; none without an index."""
+    try:
+        files = read_index(directory)["files"]
+    except (FileNotFoundError, ValueError):
+        return []
+    found = ((name, digest, directory / "documents" / name) for name, digest in files)
+    return [name for name, digest, path in found if path.exists() and seen.file(path) != digest]
 
 
 def read_index(directory: pathlib.Path) -> dict[str, Any]:

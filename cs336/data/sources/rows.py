@@ -84,7 +84,7 @@ class Rows:
 
     def _table(self, path: pathlib.Path) -> Iterator[Record | Unread]:
         try:
-            import pyarrow  # noqa: F401
+            from pyarrow import ArrowException
         except ImportError:
             raise ImportError(f"reading {path} needs pyarrow: pip install 'cs336[data]'") from None
         number, size = self.first, path.stat().st_size
@@ -92,7 +92,7 @@ class Rows:
             for row, share in _parquet_rows(path) if path.suffix.lower() == ".parquet" else _arrow_rows(path):
                 yield self._row(row, f"{path}:{number - self.first + 1}", number, int(share * size))
                 number += 1
-        except (ValueError, OSError) as error:  # pyarrow's are one of these
+        except (ArrowException, ValueError, OSError) as error:
             detail = f"the rest of the file cannot be read: {error}"
             yield Unread(number, f"{path}:{number - self.first + 1}", str(path), "damaged", detail, position=size)
 

@@ -123,9 +123,11 @@ def _folds(block: TransformerBlock, inputs: list[Inputs]) -> Iterator[_Fold]:
     for at, module in block.named_modules():
         if isinstance(module, Attention) and module.num_heads == module.num_kv_heads:
             yield _Fold(module.v_proj, [read[f"{at}.o_proj"]])
-        if isinstance(module, MLP) and module.gated:
+        if not isinstance(module, MLP | ExpertList) or not module.gated or module.activation == "clamped_gelu":
+            continue  # which bounds up
+        if isinstance(module, MLP):
             yield _Fold(module.up_proj, [read[f"{at}.down_proj"]])
-        if isinstance(module, ExpertList) and module.gated:
+        else:
             for e in range(len(module.up_proj)):
                 yield _Fold(_linear(module, f"up_proj.{e}"), [read[f"{at}.down_proj.{e}"]])
 

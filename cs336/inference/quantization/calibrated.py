@@ -13,6 +13,7 @@ from cs336.inference.quantization.gptq import gptq_block
 from cs336.inference.quantization.layerwise import Scheme, quantize_blocks_
 from cs336.inference.quantization.windows import Windows, tokenize
 from cs336.models import save_pretrained
+from cs336.models.huggingface import has_weights
 from cs336.nn import QuantMethod
 from cs336.utils.device import pick
 from cs336.utils.files import replacing
@@ -57,9 +58,9 @@ class Calibrated:
         tokens = Stage(
             "tokens", "calibration text", self._tokenize, (f"{SHARDS}/meta.json",), inputs, {}, kept=(SHARDS,)
         )
-        blocks = Stage(
-            "quantise", "one block after the other", self._quantise, ("config.json",), inputs, settings, kept=(BLOCKS,)
-        )
+        made = self._quantise, ("config.json",), inputs, settings
+        whole = functools.partial(has_weights, self.out)
+        blocks = Stage("quantise", "one block after the other", *made, kept=(BLOCKS,), is_whole=whole)
         measure = Stage("measure", "bits per byte", self._measure, (RESULT,), inputs, settings)
         run_stages(self.out, [tokens, blocks, measure])
         shutil.rmtree(self.out / BLOCKS, ignore_errors=True)  # the model has them now

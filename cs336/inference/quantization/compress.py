@@ -1,5 +1,6 @@
 """A model's directory in, a smaller one out, which every verb takes that took the first."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,8 +13,9 @@ from cs336.inference.load import find_model, load_model, load_tokenizer, read_co
 from cs336.inference.quantization.calibrated import BLOCK_METHODS, METHOD_OF_BITS, RESULT, Calibrated
 from cs336.inference.quantization.rounding import quantize_
 from cs336.models import Transformer, save_pretrained
-from cs336.models.huggingface import check_quantized_as
+from cs336.models.huggingface import check_quantized_as, has_weights
 from cs336.nn import QuantMethod
+from cs336.nn.checks import check_flags
 from cs336.nn.quantized import METHODS
 from cs336.utils.files import write_json
 from cs336.utils.stages import Outcome, Stage, run_stages
@@ -72,6 +74,7 @@ def compress(
     Raises ValueError for a directory that holds another model, and for what cannot be quantised; FileNotFoundError
     where there is no model or text.
     """
+    check_flags(act_order=act_order, asymmetric=asymmetric, activations=activations)
     if activations and method != "fp8":
         raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     out, found = pathlib.Path(out), find_model(model)
@@ -109,7 +112,8 @@ def compress(
 
     settings = {"method": method, "group": group, "asymmetric": asymmetric, "activations": activations}
     made = ("config.json", "model.safetensors", RESULT)
-    stage = Stage("quantise", method, quantise, (RESULT,), (found,), settings | {"format": format}, kept=made)
+    source, whole = ((found,), settings | {"format": format}), functools.partial(has_weights, out)
+    stage = Stage("quantise", method, quantise, (RESULT,), *source, kept=made, is_whole=whole)
     run_stages(out, [stage], Console(quiet=True))
     return Compressed(**json.loads((out / RESULT).read_text(encoding="utf-8")))
 

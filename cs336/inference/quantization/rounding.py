@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cs336.models import Transformer
 from cs336.nn import QuantizedWeight, QuantMethod, replace_linears
+from cs336.nn.checks import check_flags
 from cs336.nn.quantized import BITS, FP8, TOKEN
 from cs336.ops.ref.linear_quantized import pack_int4
 
@@ -96,6 +97,7 @@ def quantize_(
     Returns the model. Raises ValueError for an unknown method, a group that fits no layer, and a weight that is not
     finite, by its name.
     """
+    check_flags(asymmetric=asymmetric, activations=activations)
     if activations and method != "fp8":
         raise ValueError(f"activations are rounded to fp8 beside weights in fp8, got {method}: leave activations out")
     x_group = TOKEN if activations else None

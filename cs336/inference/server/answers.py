@@ -5,10 +5,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from cs336.inference.answer import Reader, read_answer
+from cs336.inference.answer_events import call_of
 from cs336.inference.engine import Request, Sample
 from cs336.inference.outputs import Token
 from cs336.inference.server.protocol import ChatRequest, CompletionRequest
-from cs336.inference.tool_parser import ToolParser, call_of, read_answer
 
 Json = dict[str, Any]
 
@@ -81,11 +82,11 @@ class Answers:
 
     # ---- /v1/chat/completions ----
 
-    def chat(self, asked: ChatRequest, request: Request, parsers: Sequence[ToolParser | None]) -> list[Json]:
-        """The choices of a request that has finished; parsers of them, if tools may be called."""
+    def chat(self, asked: ChatRequest, request: Request, readers: Sequence[Reader]) -> list[Json]:
+        """The choices of a request that has finished, with new readers of them."""
         choices = []
-        for sample, parser in zip(request.samples, parsers, strict=True):
-            message, reason = read_answer("".join(sample.pieces), sample.finish_reason or "cancelled", parser)
+        for sample, reader in zip(request.samples, readers, strict=True):
+            message, reason = read_answer("".join(sample.pieces), sample.finish_reason or "cancelled", reader)
             logprobs = self.chat_logprobs(sample.tokens) if asked.logprobs else None
             choices.append(choice(sample.index, reason, message=message, logprobs=logprobs))
         return choices
@@ -105,20 +106,20 @@ class Answers:
         }
 
 
-def deltas(parser: ToolParser | None, text: str, finish_reason: str | None) -> tuple[list[Json], str | None]:
+def deltas(reader: Reader, text: str, finish_reason: str | None) -> tuple[list[Json], str | None]:
     """What a text adds to a streamed answer, and why the answer ends, if it does. A call that went wrong after it was
     announced stays as it is."""
-    if parser is None:
-        return [{"content": text}] if text else [], finish_reason
-    events = parser.push(text)
+    events = reader.push(text)
     if finish_reason is not None:
-        events += parser.close(cut=finish_reason == "length")
-        finish_reason = parser.finish_reason(finish_reason)
+        events += reader.close(cut=finish_reason == "length")
+        finish_reason = reader.finish_reason(finish_reason)
     found: list[Json] = []
     for event in events:
         match event.kind:
             case "content":
                 found.append({"content": event.text})
+            case "reasoning":
+                found.append({"reasoning_content": event.text})
             case "call":
                 found.append({"tool_calls": [{"index": event.number} | call_of(event)]})
             case "arguments":

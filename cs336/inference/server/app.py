@@ -42,7 +42,7 @@ FIELD = re.compile(rf"({'|'.join(sorted(NAMES))})\b[\w.$-]*")
 EITHER = {  # fields of several types, of which pydantic names only the first that does not fit
     "prompt": "a text, token ids, or a list of either",
     "stop": f"a text, or a list of at most {MOST_STOPS} texts",
-    "tool_choice": 'a text, or {"type": "function", "function": {"name": ...}}',
+    "tool_choice": 'a text, or {"type": "function" or "allowed_tools", ...}',
 }
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
@@ -205,17 +205,20 @@ class Server:
     async def _chat(self, asked: ChatRequest, http: Request) -> Response:
         self._check_model(asked)
         llm, tools = self.llm, Tools(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-        extra = asked.chat_template_kwargs
-        (ids,) = llm.encode([llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)])
+        extra = dict(asked.chat_template_kwargs)
+        if asked.reasoning_effort is not None:
+            extra = llm.chat_template.of_effort(asked.reasoning_effort) | extra
+        prompt = llm.chat_template.render(asked.messages, tools=tools.offered, extra=extra)
+        (ids,) = llm.encode([prompt])
         params = asked.params(llm.engine.max_len - len(ids), llm.chat_template.stop)
-        params = await asyncio.to_thread(llm.calling, params, tools) if tools.must else llm.calling(params, tools)
+        params = await asyncio.to_thread(llm.calling, params, tools, prompt)  # a grammar may take seconds to write
         group = Group(self, [(ids, params)])
-        parsers = [llm.tool_parser(tools) for _ in range(asked.n)]
+        readers = [llm.reader(tools, prompt) for _ in range(asked.n)]
         id, object = f"chatcmpl-{uuid.uuid4().hex}", "chat.completion"
 
         def whole() -> dict[str, Any]:
             (request,) = group.requests
-            return self.answers.envelope(id, object, self.answers.chat(asked, request, parsers), usage=used())
+            return self.answers.envelope(id, object, self.answers.chat(asked, request, readers), usage=used())
 
         def used() -> dict[str, Any]:
             return answers.usage(group.requests)
@@ -227,7 +230,7 @@ class Server:
                 begun.add(sample.index)
                 found.append(choice(sample.index, None, delta={"role": "assistant", "content": ""}))
             logprobs = self.answers.chat_logprobs([token]) if asked.logprobs and token else None
-            deltas, reason = answers.deltas(parsers[sample.index], update.text, update.finish_reason)
+            deltas, reason = answers.deltas(readers[sample.index], update.text, update.finish_reason)
             if logprobs and not deltas:
                 deltas = [{"content": ""}]
             for delta in deltas:

@@ -32,7 +32,7 @@ def from_gguf(
     """
     file = GGUF(path)
     config, architecture = _config(file)
-    model = Transformer(config.within(max_len), device="meta").eval()
+    model = Transformer.within(config, max_len, "meta").eval()
     model.load_state_dict(_weights(file, model, architecture, device, dtype), assign=True)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (i := file.get(f"tokenizer.ggml.{theirs}_token_id", int)) is not None:
@@ -107,7 +107,10 @@ def _config(file: GGUF) -> tuple[TransformerConfig, Architecture]:
     table |= {name: _numbers(file.tensor(name)) for name in (SHORT, LONG) if name in file.tensors}
     fields = Fields(table, above=f"{name}.", source=str(file.path))
     rows = file.tensors["token_embd.weight"].shape[0]
-    config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
+    try:
+        config = ARCHITECTURES[name].read(fields, sizes(fields, rows, "output.weight" not in file.tensors))
+    except ValueError as error:  # of Fields, which name the file, or of a model that cannot be
+        raise error if str(file.path) in str(error) else ValueError(f"{file.path}: {error}") from None
     fields.finish()
     if name == "llama" and FACTORS in file.tensors and getattr(config.blocks[0].positions, "scaling", None) is None:
         config = _stretched(file, config)

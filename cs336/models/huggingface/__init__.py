@@ -10,6 +10,7 @@ from cs336.models.huggingface.adapter import is_adapter as is_adapter
 from cs336.models.huggingface.directory import OURS as OURS
 from cs336.models.huggingface.directory import check_quantized_as as check_quantized_as
 from cs336.models.huggingface.directory import from_pretrained as from_pretrained
+from cs336.models.huggingface.directory import has_weights as has_weights
 from cs336.models.huggingface.directory import read_config as read_config
 from cs336.models.huggingface.directory import read_kind as read_kind
 from cs336.models.huggingface.directory import read_step as read_step

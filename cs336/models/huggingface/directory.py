@@ -43,9 +43,9 @@ from cs336.models.huggingface.qwen3 import QWEN3
 from cs336.models.huggingface.qwen3_moe import QWEN3_MOE
 from cs336.models.huggingface.smollm3 import SMOLLM3
 from cs336.models.transformer import Transformer
-from cs336.nn import QuantizedLinear, QuantMethod, RopeConfig, replace_linears
+from cs336.nn import QuantMethod, RopeConfig, is_quantized, replace_linears
 from cs336.utils.config import parse, to_table
-from cs336.utils.files import replacing, write_text
+from cs336.utils.files import is_name, read_text, replacing, write_text
 from cs336.utils.special_tokens import END_OF_TEXT
 from cs336.utils.tensor_file import save_tensors
 
@@ -104,7 +104,7 @@ def save_pretrained(
     config |= {} if model.config.mup_base_width is None else {MUP: model.config.mup_base_width}
     files: dict[str, Any] = {CONFIG: config, GENERATION: model.generation_config or special_ids}
     if tokenizer is not None:
-        files[TOKENIZER] = _tokenizer_config(model.config, special_ids, tokenizer.special_tokens)
+        files[TOKENIZER] = _tokenizer_config(model.saved_config, special_ids, tokenizer.special_tokens)
     shards = _shards(weights, max_shard_bytes)
     if len(shards) > 1:
         total = sum(t.nbytes for t in weights.values())
@@ -148,11 +148,12 @@ def save_adapter(
     """Write a LoRA as PEFT and `from_pretrained` read it: A (r, in) and B (out, r) by the names of the model's layers,
     and the model's generation_config and chat template.
 
-    base: the directory of the model that they adapt. alpha: the products' weight is alpha / r.
-    Raises ValueError for a layer that the family lays out together with others, as GPT-2 does queries, keys and values.
+    base: the directory of the model that they adapt, whose family names the layers. alpha: the products' weight is
+    alpha / r. Raises FileNotFoundError where there is no base, ValueError for a layer that its family lays out together
+    with others, as GPT-2 and Phi-3 do queries, keys and values.
     """
-    config = model.config
-    family = next((f for f in FAMILIES.values() if f.table(config) is not None), None)
+    base = pathlib.Path(base)
+    config, (_, family) = model.saved_config, _our_config(read_json(base / CONFIG), base)
     shapes = {f"{name}.weight": torch.Size((b.shape[0], a.shape[1])) for name, (a, b) in layers.items()}
     shapes = {name: t.shape for name, t in Transformer(config, device="meta").state_dict().items()} | shapes
     rules = [Rule((name,), (name,)) for name in shapes] if family is None else family.rules(shapes)
@@ -189,8 +190,8 @@ def from_pretrained(
     given = pathlib.Path(directory)
     directory = base_of(given)
     theirs = read_json(directory / CONFIG)
-    config, family = _our_config(theirs)
-    model = Transformer(config.within(max_len), device="meta").eval()
+    config, family = _our_config(theirs, directory)
+    model = Transformer.within(config, max_len, "meta").eval()
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
@@ -225,7 +226,8 @@ def from_pretrained(
 
 def read_config(directory: str | os.PathLike) -> TransformerConfig:
     """The configuration of the model in a directory, without its weights. Errors: as from_pretrained's."""
-    return _our_config(read_json(base_of(directory) / CONFIG))[0]
+    base = base_of(directory)
+    return _our_config(read_json(base / CONFIG), base)[0]
 
 
 def read_step(directory: str | os.PathLike) -> int | None:
@@ -240,10 +242,10 @@ def read_kind(directory: str | os.PathLike) -> str | None:
 
 def _in_layout(model: Transformer, quantized_as: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json without its special ids, and the weights by the names it implies."""
-    config, weights = model.config, model.state_dict()
+    config, weights = model.saved_config, model.state_dict()
     tables = ((family, family.table(config)) for family in FAMILIES.values())
     family, table = next(((family, table) for family, table in tables if table is not None), (None, None))
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()) and quantized_as == OURS:
+    if is_quantized(model) and quantized_as == OURS:
         family = table = None
     rows = _as_it_is if family is None else functools.partial(_half_split, config=config, family=family)
     said, quantized, buffers = write_quantized(model, quantized_as, family, rows)
@@ -294,15 +296,19 @@ def _check_ends(directory: pathlib.Path, model: Transformer) -> None:
         raise ValueError(f"{directory} has eos_token_id {bad[0]!r}: expected a token's id, or a list of them")
 
 
-def _our_config(theirs: dict[str, Any]) -> tuple[TransformerConfig, Family | None]:
+def _our_config(theirs: dict[str, Any], directory: pathlib.Path) -> tuple[TransformerConfig, Family | None]:
     """And the family that its weights are laid out as; None for ours."""
     kind = theirs.get("model_type")
-    if kind == OURS:
-        return parse(TransformerConfig, theirs.get("config", {})), None
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
-    plain = {name: value for name, value in theirs.items() if name not in (QUANTIZATION, MUP)}
-    return dataclasses.replace(FAMILIES[kind].config(plain), mup_base_width=theirs.get(MUP)), FAMILIES[kind]
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    try:
+        if kind == OURS:
+            return parse(TransformerConfig, theirs.get("config", {})), None
+        if family is None:
+            raise ValueError(f"model_type must be one of {', '.join((*FAMILIES, OURS))}, got {kind!r}")
+        plain = {name: value for name, value in theirs.items() if name not in (QUANTIZATION, MUP)}
+        return dataclasses.replace(family.config(plain), mup_base_width=theirs.get(MUP)), family
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from None
 
 
 def _our_weights(
@@ -358,7 +364,7 @@ def _half_split(name: str, t: Tensor, config: TransformerConfig, family: Family)
 def _chat_template(directory: pathlib.Path) -> str | None:
     """In a file of its own, or in tokenizer_config.json; of several there the default, and a warning."""
     if (directory / TEMPLATE).exists():
-        return (directory / TEMPLATE).read_text(encoding="utf-8")
+        return read_text(directory / TEMPLATE)
     if not (directory / TOKENIZER).exists():
         return None
     template = read_json(directory / TOKENIZER).get("chat_template")
@@ -372,6 +378,14 @@ def _chat_template(directory: pathlib.Path) -> str | None:
     return template
 
 
+def has_weights(directory: str | os.PathLike) -> bool:
+    """Whether all files of a model's weights are there."""
+    try:
+        return bool(_weight_files(pathlib.Path(directory)))
+    except (OSError, ValueError):
+        return False
+
+
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     names = [WEIGHTS]
@@ -380,7 +394,7 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index} must have a weight_map, a table of weights and names of files")
         names = sorted(set(places.values()))
-        if bad := [name for name in names if name in ("", "..") or pathlib.PurePath(name).name != name]:
+        if bad := [name for name in names if not is_name(name)]:
             raise ValueError(f"{index} names files outside its directory: {', '.join(map(repr, bad))}")
     if missing := [name for name in names if not (directory / name).exists()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; only safetensors are read, never pickles")

@@ -1,22 +1,20 @@
 """Plain torch; the formula is in ops/causal_conv1d.py."""
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from cs336.ops.ref.recurrent_step import put_
-from cs336.ops.ref.wide import wide
+from cs336.ops.ref.wide import narrow, wide
 
 
 def fwd(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, segments_BS: Tensor | None) -> Tensor:
     y_BSC = wide(x_BSC) * wide(weight_CK[:, -1])
     if bias_C is not None:
         y_BSC = y_BSC + wide(bias_C)
-    for k, tap_C, seen in itertools.islice(_taps(x_BSC, weight_CK, segments_BS), 1, None):
-        y_BSC[:, k:] += _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
-    return y_BSC.to(x_BSC.dtype)
+    for k, tap_C, seen in _taps(x_BSC, weight_CK, segments_BS)[1:]:
+        seen_BSC = _seen(wide(x_BSC[:, : x_BSC.shape[1] - k]), seen) * tap_C
+        y_BSC = torch.cat((y_BSC[:, :k], y_BSC[:, k:] + seen_BSC), 1)  # not in place: vmap may batch the segments alone
+    return narrow(y_BSC, x_BSC)
 
 
 def bwd(dy_BSC: Tensor, x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,11 +57,12 @@ def _seen(values_BSC: Tensor, seen: Tensor | None) -> Tensor:
     return values_BSC if seen is None else torch.where(seen, values_BSC, 0)
 
 
-def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _taps(x_BSC: Tensor, weight_CK: Tensor, segments_BS: Tensor | None) -> list[tuple[int, Tensor, Tensor | None]]:
     """Of each shift k: its weights (C,), and which tokens, from the k-th on, see the one k before them."""
-    K, S = weight_CK.shape[1], x_BSC.shape[1]
+    K, S, taps = weight_CK.shape[1], x_BSC.shape[1], []
     for k in range(min(K, max(S, 1))):
         seen = None
         if segments_BS is not None and k:
             seen = (segments_BS[:, k:] == segments_BS[:, : S - k])[..., None]
-        yield k, wide(weight_CK[:, K - 1 - k]), seen
+        taps.append((k, wide(weight_CK[:, K - 1 - k]), seen))
+    return taps

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cs336.ops.ref.wide import wide
+from cs336.ops.ref.wide import narrow, wide
 
 LOW = 0xFFFFFFFF
 MULTIPLIERS, WEYL, ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
@@ -11,7 +11,7 @@ MULTIPLIERS, WEYL, ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 
 
 def fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
     y = torch.where(words(x.numel(), seed).view(x.shape) >= threshold(p), wide(x) * (1 / (1 - p)), 0.0)
-    return (y if residual is None else y + wide(residual)).to(x.dtype)
+    return narrow(y if residual is None else y + wide(residual), x)
 
 
 def threshold(p: float) -> int:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 def linear_invariant(x_MK: Tensor, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     wide = torch.promote_types(x_MK.dtype, torch.float32)
-    y_MN = x_MK.new_empty(x_MK.shape[0], w_NK.shape[0])
-    w_NK, b_N = w_NK.to(wide), None if b_N is None else b_N.to(wide)
-    for x_K, y_N in zip(x_MK, y_MN, strict=True):
-        row_N = torch.mv(w_NK, x_K.to(wide, copy=True))
-        y_N.copy_(row_N if b_N is None else row_N + b_N)
-    return y_MN
+    if not x_MK.shape[0]:
+        return x_MK.new_empty(0, w_NK.shape[0])
+    w_NK = w_NK.to(wide)
+    y_MN = torch.stack([torch.mv(w_NK, x_K.to(wide, copy=True)) for x_K in x_MK])
+    return (y_MN if b_N is None else y_MN + b_N.to(wide)).to(x_MK.dtype)

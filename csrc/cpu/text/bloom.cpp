@@ -12,11 +12,17 @@ namespace {
 
 constexpr std::string_view kMagic = "cs336bf2";
 constexpr uint64_t kSecondSeed = 0xA0761D6478BD642Fu;
+constexpr uint32_t kMostProbes = 1100;  // log2 of one over the smallest error that a double holds, 2^-1074
+constexpr double kMostBits = 0x1p46;    // 8 TiB: no machine has them, and more would not fit the numbers here
 
 }  // namespace
 
 BloomFilter::BloomFilter(uint64_t capacity, double error) {
   const double ln2 = std::log(2.0), bits = -static_cast<double>(capacity) * std::log(error) / (ln2 * ln2);
+  if (!(bits < kMostBits)) {
+    throw std::invalid_argument("a Bloom filter for " + std::to_string(capacity) +
+                                " texts at this error would take more than 8 TiB: ask for a smaller capacity");
+  }
   num_bits_ = std::max<uint64_t>(64, static_cast<uint64_t>(std::ceil(bits)));
   num_probes_ = std::max(1u, static_cast<uint32_t>(std::lround(bits / static_cast<double>(capacity) * ln2)));
   words_.resize((num_bits_ + 63) / 64);
@@ -30,7 +36,11 @@ BloomFilter::BloomFilter(std::string_view bytes) {
   std::memcpy(&num_bits_, bytes.data() + kMagic.size(), sizeof(num_bits_));
   std::memcpy(&num_probes_, bytes.data() + kMagic.size() + sizeof(num_bits_), sizeof(num_probes_));
   const size_t size = bytes.size() - header;
-  if (num_bits_ == 0 || num_probes_ == 0 || size != (num_bits_ - 1) / 64 * 8 + 8) {
+  if (num_probes_ == 0 || num_probes_ > kMostProbes) {
+    throw std::invalid_argument("a Bloom filter has 1 to " + std::to_string(kMostProbes) + " probes, this one " +
+                                std::to_string(num_probes_) + ": it is damaged");
+  }
+  if (num_bits_ == 0 || size != (num_bits_ - 1) / 64 * 8 + 8) {
     throw std::invalid_argument("a Bloom filter of " + std::to_string(num_bits_) + " bits has " + std::to_string(size) +
                                 " bytes: it is cut or damaged");
   }

@@ -169,6 +169,7 @@ void Merger::begin(const uint8_t* piece, size_t size, Begun&& begun) const {
 }
 
 size_t Merger::merge(std::string_view piece, uint32_t below, uint32_t* out) const {
+  if (piece.empty()) return 0;
   const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
   return piece.size() <= kFew ? merge_few(bytes, piece.size(), below, out)
                               : merge_many(bytes, piece.size(), below, out);

@@ -246,7 +246,7 @@ class Splitter {
     if (chunk.ends_with("\xE2\x80\x99s") || chunk.ends_with("\xE2\x80\x99S")) return 4;
     const CodePoint c = last_char(chunk);
     if (edges_of(c.code) & kSuffix) return c.size;
-    if (chunk.size() == 1) return 0;
+    if (chunk.size() == c.size) return 0;
     const std::string_view rest = chunk.substr(0, chunk.size() - c.size);
     const bool digit = is_digit(rest.back());
     if (c.code == '.') {

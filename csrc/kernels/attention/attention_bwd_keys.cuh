@@ -139,13 +139,7 @@ struct BwdKeysConsumer {
   __device__ __forceinline__ void read_own() {
     if constexpr (kOwnInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kIn / 16; k++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {  // 8 x 8 matrices: keys + 8 (e % 2), features + 8 (e / 2)
-          const int row = 16 * warp() + lane() / 4 + 8 * (e % 2), chunk = 2 * (k % 4) + e / 2;
-          left[k][e] = *reinterpret_cast<const uint32_t*>(own + k / 4 * (64 * kPanel) + row * kPanel +
-                                                          (chunk ^ lane() / 4) * 8 + lane() % 4 * 2);
-        }
+      for (int k = 0; k < kIn / 16; k++) read_left(left[k], own, warp(), lane(), k);
     }
   }
 

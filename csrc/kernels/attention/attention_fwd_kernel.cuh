@@ -99,13 +99,15 @@ void attention_fwd_of(const AttentionFwdParams& params, cudaStream_t stream) {
     if constexpr (kWindow && kMask == Mask::kWindow && !kCap)
       if (p.window_right >= 0 && p.window_left + p.window_right <= kAttentionFwdWindow)
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kWindow->groups, kWindow->keys, kWindow->stages,
-                                  kWindow->q_stages, kMask, kCap, false, true, kWindow->teams>>(params, stream);
+                                  kWindow->q_stages, kMask, kCap, false, true, kWindow->teams, kWindow->held / 16>>(
+            params, stream);
     if constexpr (kShort && kMask != Mask::kWindow)
       if (!p.cu_q && p.q_tokens <= kAttentionFwdShortTokens)
         return launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShort->groups, kShort->keys, kShort->stages,
                                   kShort->q_stages, kMask, kCap, true, kMask != Mask::kNone>>(params, stream);
-    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kShape.q_stages, kMask, kCap>>(
-        params, stream);
+    constexpr int kHeld = kCap ? 0 : kShape.held / 16;
+    launch_fwd<FwdTile<T, kHeadDim, kValueDim, kShape.groups, kKeys, kShape.stages, kShape.q_stages, kMask, kCap, true,
+                       true, 1, kHeld>>(params, stream);
   };
   if (p.softcap > 0)
     launch.template operator()<kCapKeys, Mask::kWindow, true>();

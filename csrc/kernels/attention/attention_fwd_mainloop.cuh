@@ -28,7 +28,7 @@ struct FwdWork {
 };
 
 template <typename T_, int kHeadDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQStages_,
-          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true, int kTeams_ = 1>
+          Mask kMask_, bool kCap_, bool kInTurns_ = true, bool kDrawn_ = true, int kTeams_ = 1, int kHeldSteps_ = 0>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
@@ -41,6 +41,7 @@ struct FwdTile {
   static constexpr bool kCap = kCap_;
   static constexpr bool kInTurns = kInTurns_;  // whether warpgroups take turns at starting products
   static constexpr bool kDrawn = kDrawn_;      // whether tiles are drawn; else, equally long, they are dealt in advance
+  static constexpr int kHeldSteps = kHeldSteps_;  // of 16 features of Q, which registers hold through a tile
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kAllGroups = kTeams * kGroups;
   static constexpr int kThreads = 128 * (kAllGroups + 1);
@@ -179,12 +180,14 @@ struct FwdConsumer {
   using Products = Wgmma<T, Tile::kKeys>;
   static constexpr int kKeys = Tile::kKeys, kValueDim = Tile::kValueDim;
   static constexpr int kTurn = 1, kStore = kTurn + Tile::kGroups;  // named barriers, one per warpgroup each
+  static_assert(kStore + Tile::kAllGroups <= 16, "a block has 16 named barriers");
 
   const FwdArgs& a;
   typename Tile::Shared& shared;
   const int team, group, thread, lane, warp;
   const uint64_t q_tile, k_tile, v_tile;  // descriptors
 
+  uint32_t held[std::max(Tile::kHeldSteps, 1)][4];
   float o[kValueDim / 2], s[kKeys / 2];
   uint32_t p[kKeys / 16][4];
   Softmax<kKeys / 2> softmax;
@@ -210,12 +213,17 @@ struct FwdConsumer {
     const uint64_t k = k_tile + stage * descriptor_step(Tile::kKBytes);
     const uint64_t q = q_tile + q_stage * descriptor_step(Tile::kGroups * Tile::kQBytes);
     wgmma_fence();
-    Products::template ss_set<Along::kColumns>(s, q, k);
 #pragma unroll
-    for (int i = 1; i < Tile::kHeadDim / 16; i++)
-      Products::template ss_add<Along::kColumns>(
-          s, q + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32),
-          k + i / 4 * descriptor_step(kKeys * 128) + i % 4 * descriptor_step(32));
+    for (int i = 0; i < Tile::kHeadDim / 16; i++) {
+      const uint64_t q_step = q + i / 4 * descriptor_step(64 * 128) + i % 4 * descriptor_step(32);
+      const uint64_t k_step = k + i / 4 * descriptor_step(kKeys * 128) + i % 4 * descriptor_step(32);
+      if (i < Tile::kHeldSteps)
+        i ? Products::template rs_add<Along::kColumns>(s, held[i], k_step)
+          : Products::template rs_set<Along::kColumns>(s, held[i], k_step);
+      else
+        i ? Products::template ss_add<Along::kColumns>(s, q_step, k_step)
+          : Products::template ss_set<Along::kColumns>(s, q_step, k_step);
+    }
     wgmma_commit();
   }
 
@@ -392,6 +400,8 @@ struct FwdConsumer {
       const int first_row = first_row_of<Tile>(w, group), row = first_row + 16 * warp + lane / 4;
       q_stage = round % Tile::kQStages;
       barrier_wait(&shared.q_full[q_stage][group], round / Tile::kQStages & 1);
+#pragma unroll
+      for (int i = 0; i < Tile::kHeldSteps; i++) read_left(held[i], shared.q[q_stage][group], warp, lane, i);
       walk(w, first_row, row);
       const int v_stage = ring.stage;
       finish_rows(w, row);

@@ -8,13 +8,14 @@
 namespace cs336 {
 
 // Query rows of a forward tile (64 a warpgroup), keys of a block, blocks of K and of V in flight, tiles of Q in flight,
-// tiles that a multiprocessor works on at a time; the fastest measured of those that fit the registers (H200;
-// docs/attention.md).
+// tiles that a multiprocessor works on at a time, features of Q that registers hold; the fastest measured of those that
+// fit the registers (H200; docs/attention.md). What registers hold, products need not read: D = 96 2-3 % less time,
+// D = 128 1 %, D = 64 and 192 none.
 struct AttentionFwdShape {
-  int head_dim, value_dim, groups, keys, stages, q_stages, teams = 1;
+  int head_dim, value_dim, groups, keys, stages, q_stages, teams = 1, held = 0;
 };
 inline constexpr AttentionFwdShape kAttentionFwdShapes[] = {
-    {64, 64, 3, 128, 4, 1},  {96, 96, 3, 80, 2, 1},   {128, 128, 3, 80, 2, 1},
+    {64, 64, 3, 128, 4, 1},  {96, 96, 3, 80, 2, 1, 1, 64}, {128, 128, 3, 80, 2, 1, 1, 32},
     {192, 128, 3, 80, 2, 1}, {256, 256, 2, 80, 2, 1},
 };
 
@@ -25,10 +26,13 @@ inline constexpr int kAttentionFwdShortTokens = 1024;
 
 // Through a window of so many keys, where a tile has few blocks and the warpgroup of later rows is done with them
 // earlier: blocks as wide as a warpgroup's rows straddle its ends least, enough are in flight for all warpgroups to be
-// at blocks of their own, and nobody waits for a turn. 1024 keys of 16k: D = 128 577 for 546 TFLOP/s, D = 64 418 for
-// 406; 4096 keys: 631 for 650, 497 for 502. D = 64 in two teams of two warpgroups, each with tiles of its own, so that
-// one has the multiprocessor while the other is between two tiles: 3-5 % less time.
-inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 2, 64, 4, 2, 2}, {128, 128, 3, 64, 4, 1}};
+// at blocks of their own, and nobody waits for a turn. In one team, 1024 keys of 16k: D = 128 577 for 546 TFLOP/s,
+// D = 64 418 for 406; 4096 keys: 631 for 650, 497 for 502. D = 64 then in two teams of two warpgroups, each with tiles
+// of its own, so that one has the multiprocessor while the other is between two tiles: 3-5 % less time than in one.
+// Products of 64 queries by 64 keys read as much of Q as of K, as fast as shared memory gives it; held, 64 features of
+// 128 take 3-4 % off, 16 of 64 1-2 %.
+inline constexpr AttentionFwdShape kAttentionFwdWindowShapes[] = {{64, 64, 2, 64, 4, 2, 2, 16},
+                                                                  {128, 128, 3, 64, 4, 1, 1, 64}};
 inline constexpr int kAttentionFwdWindow = 2048;
 
 // Queries of a backward tile and keys of a block.

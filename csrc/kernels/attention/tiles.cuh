@@ -72,6 +72,18 @@ static __global__ void clear_unheld(const Sequences s, int sequences, bool of_ke
   }
 }
 
+// 16 columns of a warp's 16 rows of a tile of 64 rows, as products take their left side from registers: step k of its
+// columns. Four 8 x 8 matrices, the rows + 8 (e % 2) and columns + 8 (e / 2).
+template <typename T>
+__device__ __forceinline__ void read_left(uint32_t (&x)[4], const T* tile, int warp, int lane, int k) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const int row = 16 * warp + lane / 4 + 8 * (e % 2), chunk = 2 * (k % 4) + e / 2;
+    x[e] = *reinterpret_cast<const uint32_t*>(tile + k / 4 * (64 * kPanel) + row * kPanel + (chunk ^ lane / 4) * 8 +
+                                              lane % 4 * 2);
+  }
+}
+
 // Heads go in sections whose keys and values (queries, in the backward) fit in L2 together. Within a section all heads
 // of one row tile come before the next row tile, so that the longest tiles of a section are dealt out first.
 struct TileOrder {

@@ -148,6 +148,8 @@ def _places(rules: list[Rule], shapes: Mapping[str, torch.Size]) -> Iterator[tup
         if len(rule.ours) > 1:
             continue
         (name,) = rule.ours
+        if ".mlp.experts." in name and len(shapes[name]) == 1:
+            continue  # biases
         if ".mlp.experts." in name and len(rule.theirs) < shapes[name][0] and rule.theirs != rule.ours:
             continue  # one stack of them, as gpt-oss has it
         if ".mlp.experts." in name:
