@@ -1,4 +1,4 @@
-"""Linear layers of few rows, of bfloat16, int8, fp8 and int4 weights: ours beside cuBLAS with bfloat16 weights.
+"""Linear layers of bfloat16 (few rows), int8, fp8 and int4 weights: ours beside cuBLAS with bfloat16 weights.
 
 pytest benchmarks/ops/bench_linear_few_rows.py
 python -m benchmarks.run ops linear_few_rows --out FILE [--quick]
@@ -25,8 +25,8 @@ GROUP = 128
 LAYERS = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (6144, 4096), (4096, 4096), (24576, 4096)]
 SHAPES = {
     "tiny": [(3, 24, 256)],
-    "quick": [(M, N, K) for N, K in ((24576, 4096), (4096, 4096), (3072, 2048)) for M in (1, 4, 16, 64)],
-    "full": [(M, N, K) for N, K in LAYERS for M in (1, 2, 4, 8, 16, 64)],
+    "quick": [(M, N, K) for N, K in ((24576, 4096), (4096, 4096), (3072, 2048)) for M in (1, 4, 16, 32, 64, 256)],
+    "full": [(M, N, K) for N, K in LAYERS for M in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)],
 }
 DEQUANTIZE = {"int8": dequantize_int8, "fp8": dequantize_fp8, "int4": dequantize_int4}
 BYTES = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "fp8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}  # of a weight

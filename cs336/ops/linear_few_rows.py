@@ -73,13 +73,17 @@ def keeps_weights(x: Tensor) -> bool:
 
 
 def native_refuses(x: Tensor, weight: Tensor, *_) -> str | None:
-    """Why the native kernels, of weights of any kind, do not take these rows."""
-    if x.dtype not in HALVES:
-        return f"the native kernel takes float16 and bfloat16, not {x.dtype}"
     if x.shape[0] > MOST_ROWS:
         return f"the native kernel takes up to {MOST_ROWS} rows, not {x.shape[0]}"
-    if not 0 < x.shape[1] <= MOST_FEATURES:
-        return f"the native kernel takes from 1 up to {MOST_FEATURES} features, not {x.shape[1]}"
+    return native_refuses_rows(x, weight, MOST_FEATURES)
+
+
+def native_refuses_rows(x: Tensor, weight: Tensor, most_features: int) -> str | None:
+    """Why the native kernels, of weights of any kind, do not take such rows, however many."""
+    if x.dtype not in HALVES:
+        return f"the native kernel takes float16 and bfloat16, not {x.dtype}"
+    if not 0 < x.shape[1] <= most_features:
+        return f"the native kernel takes from 1 up to {most_features} features, not {x.shape[1]}"
     for name, t in (("x", x), ("weight", weight)):
         if not _is_aligned(t):
             return f"the native kernel takes rows of {name} that start at multiples of 16 bytes, not {_where(t)}"

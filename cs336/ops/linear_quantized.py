@@ -1,7 +1,8 @@
 """Linear layers whose weights are whole numbers, or floats of eight bits, with a scale a group: y = x w^T + b, with
 w = (q - zero) * scale.
 
-A step of few tokens takes as long as its weights take to be read, which are a half or a quarter of bfloat16's here.
+A step of few tokens takes as long as its weights take to be read, which are a half or a quarter of bfloat16's here. Two
+native kernels share the rows: one for as many as its multiplications take no time, and one whose products are wgmma's.
 ref/linear_quantized.py says how they are kept. FLOPs 2 M N K; bytes that must move: x and y once, N K (int8, fp8) or
 N K / 2 (int4), and the scales.
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from cs336.ops import registry
 from cs336.ops.checks import like, no_float64
 from cs336.ops.dispatch import matrix, rows, run, transformed
-from cs336.ops.linear_few_rows import HALVES, HOPPER, MOST_ROWS, native_refuses
+from cs336.ops.linear_few_rows import HALVES, HOPPER, native_refuses_rows
 from cs336.ops.ref import linear_quantized as ref
 
 FP8 = torch.float8_e4m3fn
 PER_BYTE = {torch.int8: 1, torch.uint8: 2, FP8: 1}  # weights
-ROWS_AT_ONCE = 16  # of x, of the native kernel
-CHUNK = {torch.int8: 64, torch.uint8: 128, FP8: 64}  # features whose scale the native kernel wants to be one
+CHUNK = {torch.int8: 64, torch.uint8: 128, FP8: 64}  # features whose scale the native kernels want to be one
+MOST = 2**30 - 1  # rows and features of the native kernels
 
 
 def linear_int8(
@@ -103,19 +104,9 @@ def _call(
         y = getattr(ref, name)(flat, weight, scales, bias, group, *more)
     elif torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _Linear.apply(name, dequantize, flat, weight, scales, bias, group, *more)
-    elif _tiles_are_faster(name, flat, weight, scales, bias, group, *more):
-        y = registry.OPS[name].overloads["triton"](flat, weight, scales, bias, group, *more, constant)
     else:
         y = run(name, flat, weight, scales, bias, group, *more, constant)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _tiles_are_faster(name: str, x: Tensor, weight: Tensor, *args) -> bool:
-    """Whether Triton's kernel was measured to be faster than the native one: of int8 with more rows of x than this
-    reads the weights once for."""
-    if not x.is_cuda or weight.dtype != torch.int8 or not ROWS_AT_ONCE < len(x) <= MOST_ROWS:
-        return False
-    return registry.forced() is None and registry.why_not(name, "triton", x, weight, *args) is None
 
 
 class _Linear(torch.autograd.Function):
@@ -178,8 +169,12 @@ _CHECKS: dict[str, Callable[..., None]] = {
 
 
 def _native_refuses(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group: int, *_) -> str | None:
-    if reason := native_refuses(x, weight):
+    if x.shape[0] > MOST:
+        return f"the native kernel takes up to {MOST} rows, not {x.shape[0]}"
+    if reason := native_refuses_rows(x, weight, MOST):
         return reason
+    if x.shape[0] > 1 and x.stride(0) == 0:
+        return "the native kernel takes rows of x that lie apart, not one that is expanded"
     if scales.dtype not in (torch.float32, *HALVES):
         return f"the native kernel takes scales in float32, float16 and bfloat16, not {scales.dtype}"
     chunk = CHUNK[weight.dtype]

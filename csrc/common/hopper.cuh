@@ -82,6 +82,52 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// ---- blocks of a cluster ----
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The address of what lies in this place of another block's shared memory.
+__device__ __forceinline__ uint32_t address_in(uint32_t rank, const void* p) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+
+// Arrives once at the same barrier of another block.
+__device__ __forceinline__ void barrier_arrive_in(uint32_t rank, const uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in(rank, barrier))
+               : "memory");
+}
+
+// barrier_wait where other blocks arrive: what they wrote before is then visible.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Four floats of another block, by the address there.
+__device__ __forceinline__ float4 load_in(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // ---- the copy engine (TMA); one thread issues a copy for all ----
 
 // Fetches a tensor map into the descriptor cache.
@@ -256,6 +302,7 @@ struct Wgmma;
 #define CS336_F16(c, i) CS336_F8(c, i), CS336_F8(c, i + 8)
 #define CS336_F32(c, i) CS336_F16(c, i), CS336_F16(c, i + 16)
 #define CS336_F64(c, i) CS336_F32(c, i), CS336_F32(c, i + 32)
+#define CS336_D32(c) CS336_F16(c, 0)
 #define CS336_D64(c) CS336_F32(c, 0)
 #define CS336_D80(c) CS336_F32(c, 0), CS336_F8(c, 32)
 #define CS336_D96(c) CS336_F32(c, 0), CS336_F16(c, 32)
@@ -263,9 +310,8 @@ struct Wgmma;
 #define CS336_D192(c) CS336_F64(c, 0), CS336_F32(c, 64)
 #define CS336_D256(c) CS336_F64(c, 0), CS336_F64(c, 64)
 
-#define CS336_R32                                                                                                      \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
-  "%31"
+#define CS336_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define CS336_R32 CS336_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define CS336_R40 CS336_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define CS336_R48 CS336_R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define CS336_R64 CS336_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -328,6 +374,7 @@ struct Wgmma;
     }                                                                                                      \
   };
 
+CS336_WGMMA(32, CS336_R16, 16, 17, 18, 19, 20, 21)
 CS336_WGMMA(64, CS336_R32, 32, 33, 34, 35, 36, 37)
 CS336_WGMMA(80, CS336_R40, 40, 41, 42, 43, 44, 45)
 CS336_WGMMA(96, CS336_R48, 48, 49, 50, 51, 52, 53)
@@ -339,12 +386,14 @@ CS336_WGMMA(256, CS336_R128, 128, 129, 130, 131, 132, 133)
 #undef CS336_F16
 #undef CS336_F32
 #undef CS336_F64
+#undef CS336_D32
 #undef CS336_D64
 #undef CS336_D80
 #undef CS336_D96
 #undef CS336_D128
 #undef CS336_D192
 #undef CS336_D256
+#undef CS336_R16
 #undef CS336_R32
 #undef CS336_R40
 #undef CS336_R48

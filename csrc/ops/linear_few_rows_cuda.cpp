@@ -1,8 +1,9 @@
-// Linear layers of few rows on CUDA, of weights like x, int8, int4 and fp8: check, allocate, guard, launch.
+// Linear layers on CUDA, of weights like x (few rows), int8, int4 and fp8: check, allocate, guard, launch.
 #include "kernels/linear_few_rows/linear_few_rows.h"
 
 #include <optional>
 
+#include "kernels/linear_many_rows/linear_many_rows.h"
 #include "ops/tensor.h"
 
 namespace cs336 {
@@ -42,9 +43,12 @@ void check_product(const Tensor& x, const Tensor& weight, const std::optional<Te
   const auto [dtype, per_byte] = format_of(format, x.scalar_type());
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float16 or bfloat16");
-  STD_TORCH_CHECK(x.size(0) <= cuda::kMostRows, "x must have at most ", cuda::kMostRows, " rows, got ", x.size(0));
-  STD_TORCH_CHECK(x.size(1) > 0 && x.size(1) <= cuda::kMostFeatures, "x must have 1 to ", cuda::kMostFeatures,
-                  " features, got ", x.size(1));
+  const bool few = format == WeightFormat::kLikeX;
+  const int64_t most_rows = few ? cuda::kMostRows : INT32_MAX / 2;
+  const int64_t most_features = few ? cuda::kMostFeatures : INT32_MAX / 2;
+  STD_TORCH_CHECK(x.size(0) <= most_rows, "x must have at most ", most_rows, " rows, got ", x.size(0));
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(1) <= most_features, "x must have 1 to ", most_features, " features, got ",
+                  x.size(1));
   STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(1) * per_byte == x.size(1), "weight must be (N, ",
                   x.size(1) / per_byte, ") in this op's dtype");
   STD_TORCH_CHECK(weight.size(0) < INT32_MAX / 2, "weight must have fewer than 2^30 rows");
@@ -80,23 +84,25 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor* scales, cons
                int64_t group, const std::optional<Tensor>& zeros, WeightFormat format, bool constant) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor y = new_tensor(x, {x.size(0), weight.size(0)}, x.scalar_type());
-  cuda::linear_few_rows({.x = x.const_data_ptr(),
-                         .weight = weight.const_data_ptr(),
-                         .scales = scales ? scales->const_data_ptr() : nullptr,
-                         .zeros = zeros ? static_cast<const int16_t*>(zeros->const_data_ptr()) : nullptr,
-                         .bias = bias ? bias->const_data_ptr() : nullptr,
-                         .y = y.mutable_data_ptr(),
-                         .x_stride = x.stride(0),
-                         .weight_stride = weight.stride(0) * size_of(dtype_of(weight, "weight")),
-                         .M = static_cast<int>(x.size(0)),
-                         .N = static_cast<int>(weight.size(0)),
-                         .K = static_cast<int>(x.size(1)),
-                         .group = static_cast<int>(std::min(group, x.size(1))),
-                         .dtype = dtype_of(x, "x"),
-                         .scale_dtype = scales ? dtype_of(*scales, "scales") : Dtype::F32,
-                         .format = format,
-                         .constant = constant},
-                        current_stream(x));
+  const cuda::LinearFewRowsParams params{
+      .x = x.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .scales = scales ? scales->const_data_ptr() : nullptr,
+      .zeros = zeros ? static_cast<const int16_t*>(zeros->const_data_ptr()) : nullptr,
+      .bias = bias ? bias->const_data_ptr() : nullptr,
+      .y = y.mutable_data_ptr(),
+      .x_stride = x.stride(0),
+      .weight_stride = weight.stride(0) * size_of(dtype_of(weight, "weight")),
+      .M = static_cast<int>(x.size(0)),
+      .N = static_cast<int>(weight.size(0)),
+      .K = static_cast<int>(x.size(1)),
+      .group = static_cast<int>(std::min(group, x.size(1))),
+      .dtype = dtype_of(x, "x"),
+      .scale_dtype = scales ? dtype_of(*scales, "scales") : Dtype::F32,
+      .format = format,
+      .constant = constant};
+  const auto run = cuda::takes_many_rows(params) ? cuda::linear_many_rows : cuda::linear_few_rows;
+  run(params, current_stream(x));
   return y;
 }
 

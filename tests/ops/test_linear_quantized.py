@@ -4,6 +4,7 @@ import pytest
 import torch
 from attentions import BF16, CUDA, F16, F32, F64
 from close import assert_close_to_ref
+from launches_in_a_row import check_without_waiting
 
 from cs336 import ops
 from cs336.inference.quantization import round_to_nearest
@@ -18,6 +19,12 @@ SIZES += [(64, 1000, 4096, 128), (1, 4096, 4096, 128), (300, 384, 1000, 64)] if 
 SIZES += [
     (M, 1001, K, group) for M in (1, 5, 8, 9, 16, 40) for K, group in ((1184, 128), (4096, 256), (320, 320))
 ] * CUDA
+SIZES += [  # of both tiles of the kernel of many rows, and what hangs over them
+    (M, 515, K, group)
+    for M in (17, 31, 32, 33, 63, 64, 65, 100, 128, 200, 300)
+    for K, group in ((128, 128), (1184, 128), (4096, 256), (320, 320))
+] * CUDA
+SIZES += [(64, 24576, 4096, 128), (1000, 2048, 2048, 128), (17, 151, 58368, 128), (70, 1002, 640, 64)] * CUDA
 
 
 @pytest.fixture(params=registry.NAMESPACE)
@@ -89,6 +96,41 @@ def test_every_weight_there_is_is_exact(variant, device, method, dtype):
         assert torch.equal(y.float(), want[:, first : first + 64].t())
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("M", [17, 40, 64, 200])
+@pytest.mark.parametrize("method", OPS)
+def test_the_same_bits_each_time_and_whatever_the_other_rows(variant, device, method, M):
+    x, q, scales, b = inputs(M, 4100, 2048, 128, BF16, device, method)
+    op = OPS[method][0]
+    y = op(x, q, scales, b, group=128)
+    for constant in (False, True) * 3:
+        assert torch.equal(op(x, q, scales, b, group=128, constant=constant), y)
+    others = torch.cat((x[:1], torch.randn_like(x[1:]) * 100))
+    assert torch.equal(op(others, q, scales, b, group=128)[0], y[0])
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("M", [4, 64, 200])
+@pytest.mark.parametrize("method", OPS)
+def test_a_chain_in_a_graph_on_another_stream_reads_what_was_just_written(variant, device, method, M):
+    """The next kernel starts while the one before still runs: it must not read x, nor weights, too early."""
+    N = 1024
+    x, q, scales, _ = inputs(M, N, N, 128, BF16, device, method)
+    scales = scales / N**0.5
+    spare, op = torch.zeros_like(scales), OPS[method][0]
+
+    def chain(wait):
+        y = x
+        for step in range(20):
+            torch.mul(scales, 1 if step % 2 else -1, out=spare)
+            wait()
+            y = op(op(y, q, scales, group=128, constant=True), q, spare, group=128)
+            wait()
+        return y
+
+    check_without_waiting(chain, times=5)
+
+
 @pytest.mark.parametrize("zero", [-128, -1, 0, 127, 128])
 def test_every_zero_is_exact(variant, device, zero):
     q = CODES.to(torch.uint8).view(torch.int8).expand(9, -1).contiguous().to(device)
@@ -106,7 +148,8 @@ def test_what_the_native_kernels_do_not_take_is_said():
     assert "groups of a multiple of 64 features, or all 256, not 32" in refuses(x, q, scales, None, 32)
     assert "scales in float32, float16 and bfloat16" in refuses(x, q, scales.double(), None, 64)
     assert "float16 and bfloat16, not torch.float32" in refuses(x.float(), q, scales, None, 64)
-    assert "up to 64 rows, not 99" in refuses(x[:1].expand(99, -1), q, scales, None, 64)
+    assert refuses(x.repeat(99, 1), q, scales, None, 64) is None
+    assert "not one that is expanded" in refuses(x[:1].expand(99, -1), q, scales, None, 64)
     assert refuses(x, q, scales, None, 64) is refuses(x, q, scales, None, 300) is None
     q = inputs(3, 4, 256, 64, BF16, "cpu", "int4")[1]
     assert "a multiple of 128 features" in registry.OPS["linear_int4"].supports["native"](x, q, scales, None, 64)
