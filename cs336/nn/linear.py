@@ -135,7 +135,7 @@ def side_by_side(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor | None:
 
 def _one_fp8_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, list[int]] | None:
     """Of all layers, so that x is rounded once, and the features of each; None unless all multiply in 8 bits."""
-    if not all(isinstance(layer, Linear) and layer.in_fp8() and is_bare(layer) for layer in layers):
+    if not all(type(layer) is Linear and layer.in_fp8() and is_bare(layer) for layer in layers):
         return None
     weights = [layer.weight for layer in layers]
     return ops.linear_scaled(x, torch.cat(weights)), [len(weight) for weight in weights]  # type: ignore[arg-type]
@@ -152,7 +152,8 @@ def _trained_together(layers: Sequence[nn.Module]) -> bool:
 
 def is_bare(layer: nn.Module) -> bool:
     """Whether calling it is a product and nothing else."""
-    return layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return layer.bias is None and not hooks
 
 
 def _joinable(layer: Any) -> TypeGuard[Joinable]:

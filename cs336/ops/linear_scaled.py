@@ -35,9 +35,9 @@ def linear_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         x = x.to(torch.get_autocast_dtype(kind))
     if x.dtype not in (torch.bfloat16, torch.float32) or not weight.is_floating_point():
         raise TypeError(f"linear_scaled takes x of bfloat16 or float32, got x {x.dtype} and weight {weight.dtype}")
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be (..., K) and weight (M, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     rows, (features, inputs) = x.numel() // max(x.shape[-1], 1), weight.shape
-    if x.shape[-1] != inputs:
-        raise ValueError(f"weight must be (M, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     if rows % MULTIPLE or features % MULTIPLE or inputs % MULTIPLE:
         raise ValueError(
             f"linear_scaled multiplies rows and features in multiples of {MULTIPLE}, got {rows} rows of {inputs} "

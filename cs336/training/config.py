@@ -67,7 +67,8 @@ class TrainConfig:
     which generation reads as training writes them; optimizer.rounding says what becomes of their other 16 bits."""
     fp8: bool = False
     """Multiply in floats of 8 bits in the layers' linear layers as they are trained (ops.linear_scaled), those with
-    fewer than 128 features on a side left out; evaluation does not. A GPU must be of capability 8.9 or newer."""
+    fewer than 128 features on a side, or no multiple of 16, left out; evaluation does not. A pass must have tokens in
+    multiples of 16, a GPU capability 8.9 or newer."""
     compile: bool | None = None
     """torch.compile the layers, those of one kind once for all of them. None: on a GPU."""
     cuda_graph: bool | Literal["auto"] = "auto"

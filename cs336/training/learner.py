@@ -16,6 +16,7 @@ from cs336.models.recompute import call_layer
 from cs336.nn.moe import balance_experts, experts_of, forget_loads
 from cs336.nn.quantized import FP8_FEATURES, train_in_fp8
 from cs336.ops import registry
+from cs336.ops.linear_scaled import MULTIPLE
 from cs336.optim import clip_scale
 from cs336.parallel import ShardedAdamW, ShardedOptimizer
 from cs336.parallel.launch import from_ranks, place, rank, world_size
@@ -65,7 +66,7 @@ class Learner:
         self.model = Transformer(config.model, device=self.device, dtype=self.weight_dtype)
         self.model.gradient_checkpointing = self.recompute
         if config.fp8:
-            self._train_in_fp8()
+            self._train_in_fp8(self.micro_batch_size * config.model.context_length // sizes["context"])
         precision = ("bf16" if low else "fp32") if config.precision == "auto" else config.precision
         self.division = Division(self.model, dataclasses.replace(config, compile=self.compiled, precision=precision))
         self.optimizer = self.division.optimizer
@@ -80,11 +81,17 @@ class Learner:
         self.graph = self._graph()
         self._lrs = [torch.zeros((), device=self.device) for _ in self._decays]  # of the graph
 
-    def _train_in_fp8(self) -> None:
+    def _train_in_fp8(self, tokens: int) -> None:
+        """tokens: that this rank's products have at once."""
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
             raise ValueError(f"fp8 = true wants a GPU of compute capability 8.9 or newer: {self.device} is older")
         if not train_in_fp8(self.model.layers):
             raise ValueError(f"fp8 = true: no linear layer has {FP8_FEATURES} features or more on both sides")
+        if tokens % MULTIPLE:
+            raise ValueError(
+                f"fp8 = true takes tokens in multiples of {MULTIPLE}, and a pass has {tokens} on each rank: change "
+                "batch_size, micro_batch_size or context_length"
+            )
 
     def terms(self, batch: Batch) -> Terms:
         """The objective's sum, count and metrics, under the precision of training."""

@@ -83,8 +83,9 @@ def test_bad_input(device):
         ops.linear_scaled(x, weight[:40])
     with pytest.raises(ValueError, match="multiples of 16"):
         ops.linear_scaled(x[:, :24], weight[:, :24])
-    with pytest.raises(ValueError, match=r"weight must be \(M, 32\)"):
-        ops.linear_scaled(x, weight.t())
+    for odd_x, odd_weight in ((x, weight.t()), (x, weight[None]), (x[0, 0], weight)):
+        with pytest.raises(ValueError, match=r"x must be \(\.\.\., K\) and weight \(M, K\)"):
+            ops.linear_scaled(odd_x, odd_weight)
     with pytest.raises(TypeError, match="float16"):
         ops.linear_scaled(x.to(F16), weight)
     with pytest.raises(RuntimeError, match="backward"):

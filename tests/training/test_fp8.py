@@ -7,6 +7,7 @@ from tiny_run import config, rows, train
 from cs336 import ops
 from cs336.models import BlockConfig, Transformer, TransformerConfig
 from cs336.nn import AttentionConfig, Linear, MoEConfig, SwiGLU
+from cs336.nn.linear import joined
 from cs336.nn.quantized import train_in_fp8
 from cs336.ops import registry
 from cs336.training.learner import Learner
@@ -76,6 +77,28 @@ def test_compiled_layers(tmp_path):
         learner = Learner(config(tmp_path, model=WIDE, fp8=True, precision="bf16", compile=compiled))
         losses.append([learner.update((batch[:, :-1], batch[:, 1:]), 1e-3)["loss"].item() for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_layers_that_do_more_are_called():
+    class Doubled(Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers, x = [Doubled(128, 128), Linear(128, 128), Linear(128, 128)], torch.randn(16, 128, requires_grad=True)
+    for layer in layers:
+        layer.fp8 = True
+    for got, layer in zip(joined(x, layers), layers, strict=True):
+        assert torch.equal(got, layer(x))
+    seen = []
+    layers[1].register_full_backward_hook(lambda *_: seen.append(1))
+    sum(y.sum() for y in joined(x, layers[1:])).backward()
+    assert seen == [1]
+
+
+def test_numbers_of_tokens_that_are_not_multiplied_are_refused_before_the_run(tmp_path):
+    for changes in ({"batch_size": 5}, {"batch_size": 6, "micro_batch_size": 3}):
+        with pytest.raises(ValueError, match=r"multiples of 16, and a pass has (40|24) on each rank"):
+            Learner(config(tmp_path, model=WIDE, fp8=True, **changes))
 
 
 def test_nothing_to_round_is_refused(tmp_path):
