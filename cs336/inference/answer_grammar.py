@@ -4,6 +4,7 @@ the caller's grammar. In llguidance's Lark, where marks are the special tokens t
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 
 from cs336.inference.grammar import check_schema
@@ -14,6 +15,7 @@ from cs336.inference.tool_formats.format import json_rule, symbols_of
 from cs336.inference.tools import Tools
 
 SPACE_RULE = "SPACE: /[ \\n]*/"
+BARE_SLASH = re.compile(r"(?s)(\\.)|/")  # or what is escaped, a slash perhaps
 
 
 def constrained(
@@ -72,5 +74,5 @@ def _caller_rule(rule: str, params: SamplingParams) -> str:
         check_schema(json.loads(text), "json_schema")
         return json_rule(rule, json.loads(text))
     if kind == "regex":
-        return f"{rule}: /{text.replace('/', chr(92) + '/')}/"
+        return f"{rule}: /{BARE_SLASH.sub(lambda found: found[1] or chr(92) + '/', text)}/"
     return f"{rule}: {' | '.join(json.dumps(one, ensure_ascii=False) for one in json.loads(text))}"

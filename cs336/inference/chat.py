@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from cs336.inference.reasoning import ReasoningFormat, reasoning_of
-from cs336.inference.template_sandbox import Sandbox
+from cs336.inference.template_sandbox import Sandbox, to_json
 from cs336.inference.tool_formats import ToolFormat, format_of
 from cs336.models.huggingface.fields import read_json
 from cs336.utils.files import read_text
@@ -43,7 +43,6 @@ class ChatTemplate:
         self.is_default = template is None
         self._special_tokens = dict(special_tokens or {})
         environment = self._environment = Sandbox()
-        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda how: datetime.datetime.now().strftime(how)
         self._source = CHATML if template is None else template
@@ -211,7 +210,7 @@ def _with_written_calls(message: Mapping[str, Any], format: ToolFormat) -> dict[
 def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
     """With arguments of calls as texts of JSON."""
     calls = [
-        {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+        {**call, "function": {**call["function"], "arguments": to_json(call["function"]["arguments"])}}
         for call in message.get("tool_calls", ())
     ]
     return {**message, "tool_calls": calls} if calls else {**message}
@@ -227,10 +226,6 @@ def _check_answers(messages: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"messages.{i}.tool_call_id is {answered!r:.80}, and the calls before it are {', '.join(ids) or 'none'}"
             )
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _raise(message: str) -> None:

@@ -3,13 +3,14 @@ ever, or all memory.
 
     a loop, a macro    turns and seconds are counted, over the whole text
     * ** + %           refused where the result would be long
-    a call, a filter   no large number goes in, nor what could become long together; no long text comes out
+    a call, a filter   no large width goes in, nor what could become long together; no long text comes out
     ~, {% set %}       no long text comes out
     [..] (..) {..}     all that hangs together counts: x = [x, x] doubles it
 """
 
 import contextvars
 import functools
+import json
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,10 @@ LONGEST = 1 << 22  # characters of a text, items of a list
 MOST_PRODUCT = 1 << 30  # of the sizes of two arguments: replace and join may make so much of them
 MOST_TURNS, MOST_SECONDS = 1 << 18, 10.0
 MOST_BITS = 1 << 14  # of a whole number
+# Filters and methods whose numbers say how long a result gets.
+WIDENING = {
+    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "to_bytes", "tojson", "zfill",
+}  # fmt: skip
 WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # in a format: a width of thousands, or of an argument
 
 
@@ -46,7 +51,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         # optimized: what is constant would be worked out as the template is read, beside all bounds.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
-        self.filters = {name: _bounded_filter(name, call) for name, call in self.filters.items()}
+        filters = {**self.filters, "tojson": to_json}
+        self.filters = {name: _bounded_filter(name, call) for name, call in filters.items()}
         self.filters["bounded"] = _bounded
         del self.globals["lipsum"]  # paragraphs without end
 
@@ -78,7 +84,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str) and method.__name__ in ("format", "format_map"):
             _check_format(owner)
-        _check_arguments((owner, *args), kwargs)
+        _check_arguments(getattr(method, "__name__", ""), owner, *args, **kwargs)
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
     def turn(self) -> None:
@@ -90,6 +96,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, *arguments: Any) -> nodes.Template:
         return _Bounds().visit(super()._parse(*arguments))
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """The filter `tojson`: not for HTML, as jinja2's is."""
+    pieces, length = [], 0
+    for piece in json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, **options).iterencode(value):
+        pieces.append(piece)
+        length += len(piece)
+        _check_length(length)
+    return "".join(pieces)
 
 
 class _Generation(Extension):
@@ -151,7 +167,7 @@ def _bounded_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(*args: Any, **kwargs: Any) -> Any:
         if name == "format":
             _check_format(str(args[0]))
-        _check_arguments(args, kwargs)
+        _check_arguments(name, *args, **kwargs)
         return _bounded(call(*args, **kwargs))
 
     return bounded
@@ -166,11 +182,13 @@ def _size(value: Any) -> int:
     return abs(value) if isinstance(value, int) else _length(value)
 
 
-def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_arguments(called: str, of: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Of a filter, or of a method of `of`. Numbers count where they are widths: others are data, as a time is."""
     if time.monotonic() > _spent.get().deadline:
         raise jinja2.TemplateError(f"more than {MOST_SECONDS:.0f} seconds")
-    sizes = sorted(map(_size, (*args, *kwargs.values())), reverse=True)
-    _check_length(max(sizes, default=0))
+    measure = _size if called in WIDENING else _length
+    sizes = sorted([_length(of), *map(measure, (*args, *kwargs.values()))], reverse=True)
+    _check_length(sizes[0])
     if len(sizes) > 1 and sizes[0] * sizes[1] > MOST_PRODUCT:
         raise jinja2.TemplateError(f"a call of {sizes[0]:,} times {sizes[1]:,} characters or items")
 

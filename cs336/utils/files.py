@@ -66,7 +66,7 @@ def _own(path: pathlib.Path, mode: str) -> IO:
             except OSError:  # a file system without locks
                 pass
             if _is_at(file, temporary):
-                os.truncate(file.fileno(), 0)
+                file.truncate(0)
                 return file
             file.close()  # its writer has put it in place since
     raise AssertionError("unreachable")

@@ -83,6 +83,10 @@ def test_found_in_a_directory(tmp_path):
         ("{{ 'a' * 10 ** 9 }}", "more than"),
         ("{{ 9 ** (9 ** 9) }}", "bits"),
         ("{{ 'x' | center(10 ** 9) }}", "more than"),
+        ("{{ 'x'.ljust(10 ** 9) }}", "more than"),
+        ("{{ 1.5 | round(10 ** 9, 'floor') }}", "more than"),
+        ("{{ [1] | tojson(indent=10 ** 9) }}", "more than"),
+        ("{{ [[[[[[1]]]]]] | tojson(indent=10 ** 6) }}", "more than"),
         ("{{ '%1000000000d' % 1 }}{{ '{:>1000000000}'.format(1) }}", "width"),
         ("{{ '{:>1000000000}'.format(1) }}", "width"),
         ("{{ '%999999999d' | format(1) }}", "width"),
@@ -90,7 +94,8 @@ def test_found_in_a_directory(tmp_path):
         ("{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}", "more than"),
         ("{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "more than"),
         (
-            "{% set n = namespace(a='a') %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+            "{% set n = namespace(a='a' * 99999) %}{% for i in range(60) %}"
+            "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
             "more",
         ),
         ("{% set x %}" + "{{ 'x' * 4000000 }}" * 2 + "{% endset %}", "more than"),
@@ -112,6 +117,15 @@ def test_a_template_that_writes_nothing_ends_too(monkeypatch, bound, at_most):
     for template in (endless, macros):
         with pytest.raises(ValueError, match="more than"):
             ChatTemplate(template).render(MESSAGES)
+
+
+def test_large_numbers_are_no_widths():
+    template = (
+        "{% macro say(x) %}{{ x }}{% endmacro %}{% set n = 1733000000 %}"
+        "{{ n | string }} {{ n | tojson }} {{ n | round | int }} {{ '%d' | format(n) }} {{ '{}'.format(n) }} "
+        "{{ say(n) }}"
+    )
+    assert ChatTemplate(template).render(MESSAGES) == " ".join(["1733000000"] * 6)
 
 
 def test_what_is_within_bounds_is_written():

@@ -104,6 +104,14 @@ def test_every_way_to_cut_a_text_gives_the_same(name):
         assert read(kind, place, [text[:at], text[at:]]) == want, text[:at]
 
 
+@pytest.mark.parametrize("before", ["", " \n", "<|channel|>final<|message|>Yes.<|end|>"])
+def test_a_header_without_end_is_text(before):
+    text = "<|start|>" + 2000 * "x"
+    content, _, _ = read("gpt_oss", "before", [before + text])
+    assert content.endswith(text)
+    assert read("gpt_oss", "before", before + text) == (content, None, [])
+
+
 def test_any_text_is_read_alike_in_any_pieces():
     rng = random.Random(3)
     marks = {"<think>", "</think>", "<|channel|>", "<|message|>", "<|start|>assistant", "<|end|>", NOW, ASIDE, CALL}
@@ -199,6 +207,7 @@ def test_the_parser_that_is_named():
     [
         ({"json_schema": DIGIT}, '{"n": 3}', '{"n": 10}'),
         ({"regex": "/[ab]{3}"}, "/aba", "/ab"),
+        ({"regex": r"a\/\\/b"}, "a/\\/b", "a/b"),
         ({"choice": ("yes", 'n"o')}, 'n"o', "no"),
     ],
 )

@@ -258,6 +258,20 @@ def test_types_of_schemas():
         assert types_of(schema, root) == types
 
 
+def test_a_schema_is_read_once_however_many_point_at_it():
+    names = [f"s{i}" for i in range(10)]
+    definitions = {name: {"anyOf": [{"$ref": f"#/$defs/{then}"} for then in names]} for name in names}
+    root = {"$defs": definitions | {"a": {"anyOf": [{"$ref": "#/$defs/b"}, {"$ref": "#/$defs/b"}]}, "b": {"const": 1}}}
+    assert types_of({"$ref": "#/$defs/s0"}, root) == set()
+    assert types_of({"$ref": "#/$defs/a"}, root) == {"integer"}
+
+
+def test_what_references_point_at_may_be_no_schema():
+    for bad in ({"type": 5}, {"type": [[]]}, {"anyOf": 5}, {"enum": {}}, [1]):
+        types = types_of({"$ref": "#/bad"}, {"bad": bad})
+        assert types <= {"object"}
+
+
 def test_literals():
     assert json_of_literal(r"'\d \u00e9 \n'") == r'"\\d é \n"'
     assert json_of_literal("{'a': [True, false, None, (1,)]}") == '{"a": [true, false, null, [1]]}'
@@ -265,6 +279,9 @@ def test_literals():
     for text in ("f", "1 + 1", "{1: 2}", "{**{}}", "b''", "1j", "...", "'a", "", "__import__('os')", "nan"):
         with pytest.raises(ValueError, match="no literal"):
             json_of_literal(text)
+    with pytest.raises(ValueError, match="surrogates"):  # half a character, which no answer could be sent with
+        json_of_literal(r"{'a': '\ud800'}")
+    assert json.loads(value_of(r"['\ud800']", {"array"})) == r"['\ud800']"
 
 
 TEMPLATES = {

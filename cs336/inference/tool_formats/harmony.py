@@ -93,6 +93,8 @@ class HarmonyReader:
         likely = any(begun.startswith(mark) or mark.startswith(begun) for mark in BEGINS)
         if not likely or (at < 0 and len(begun) >= LONGEST):
             self._within, self._first = "content", True  # no message: all of it is text
+            self._say("content", self._held[:1])  # of <|start|> too, which would be the end of this text
+            self._held = self._held[1:]
             return True
         if at < 0:
             return False

@@ -13,21 +13,40 @@ KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: 
 ESCAPES = "\\'\"abfnrtvxuUN\n"
 
 
-def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
+def types_of(schema: Any, root: Mapping[str, Any]) -> set[str]:
     """The types that a value may have; none where the schema says nothing of it. root: where its references point."""
+    return _types(schema, root, {}, 0)
+
+
+def _types(schema: Any, root: Mapping[str, Any], found: dict[int, set[str]], depth: int) -> set[str]:
+    """found: of the schemas that were seen, each of which is read once, however many point at it."""
     if not isinstance(schema, Mapping) or depth > DEEPEST:
         return set()
+    if id(schema) not in found:
+        found[id(schema)] = set()  # within itself it says nothing
+        found[id(schema)] = _types_of_new(schema, root, found, depth + 1)
+    return found[id(schema)]
+
+
+def _types_of_new(
+    schema: Mapping[str, Any], root: Mapping[str, Any], found: dict[int, set[str]], depth: int
+) -> set[str]:
     if "type" in schema:
-        return {schema["type"]} if isinstance(schema["type"], str) else set(schema["type"])
+        return {kind for kind in _list(schema["type"]) if isinstance(kind, str)}
     if "const" in schema or "enum" in schema:
-        return {kind_of(value) for value in schema.get("enum", [schema.get("const")])}
+        return {kind_of(value) for value in _list(schema.get("enum", [schema.get("const")]))}
     if isinstance(reference := schema.get("$ref"), str):
         place: Any = root
         for key in reference.removeprefix("#/").split("/"):
             place = place.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(place, Mapping) else None
-        return types_of(place, root, depth + 1)
-    inner = [types_of(one, root, depth + 1) for key in ("anyOf", "oneOf", "allOf") for one in schema.get(key, ())]
+        return _types(place, root, found, depth)
+    alternatives = [one for key in ("anyOf", "oneOf", "allOf") for one in _list(schema.get(key, []))]
+    inner = [_types(one, root, found, depth) for one in alternatives]
     return set().union(*inner) if all(inner) else set()
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def value_of(text: str, types: set[str]) -> str:
@@ -56,13 +75,17 @@ def kind_of(value: Any) -> str:
 
 
 def json_of_literal(text: str) -> str:
-    """JSON of a literal of Python's, or of JSON itself. Raises ValueError for anything else."""
+    """JSON of a literal of Python's, or of JSON itself. Raises ValueError for anything else, and for half a character
+    ('\\ud800'), which no text in UTF-8 has."""
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(text, parse_constant=_refuse)
         return text.strip()
     escaped = re.sub(r"(?s)\\(.)", lambda found: found[0] if found[1] in ESCAPES else "\\" + found[0], text)
     try:
-        return json.dumps(_plain(ast.parse(escaped.strip(), mode="eval").body), ensure_ascii=False, allow_nan=False)
+        value = _plain(ast.parse(escaped.strip(), mode="eval").body)
+        found = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        found.encode()
+        return found
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"no literal: {error}") from None
 
