@@ -44,6 +44,10 @@ void check_product(const Tensor& x, const Tensor& weight, const std::optional<Te
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float16 or bfloat16");
   const bool few = format == WeightFormat::kLikeX;
+  STD_TORCH_CHECK(few || x.size(0) <= 1 || x.stride(0) != 0,
+                  "x must have rows that lie apart, not one that is expanded");
+  STD_TORCH_CHECK(few || weight.size(0) <= 1 || weight.stride(0) != 0,
+                  "weight must have rows that lie apart, not one that is expanded");
   const int64_t most_rows = few ? cuda::kMostRows : INT32_MAX / 2;
   const int64_t most_features = few ? cuda::kMostFeatures : INT32_MAX / 2;
   STD_TORCH_CHECK(x.size(0) <= most_rows, "x must have at most ", most_rows, " rows, got ", x.size(0));

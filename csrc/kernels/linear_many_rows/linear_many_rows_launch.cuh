@@ -8,11 +8,12 @@
 
 namespace cs336::many_rows {
 
-// Of rows that begin `stride` bytes from each other, for copies of box_rows x box_columns.
+// Of rows that begin `stride` bytes from each other (of one row that says nothing), for copies of box_rows x
+// box_columns.
 inline CUtensorMap map_of_rows(const void* rows, CUtensorMapDataType type, int64_t stride, int64_t num_rows,
                                int64_t columns, int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
   const uint64_t sizes[5] = {uint64_t(columns), uint64_t(num_rows), 1, 1, 1};
-  const uint64_t strides[4] = {uint64_t(stride), 16, 16, 16};
+  const uint64_t strides[4] = {num_rows > 1 ? uint64_t(stride) : 16, 16, 16, 16};
   const uint32_t box[5] = {uint32_t(box_columns), uint32_t(box_rows), 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result =

@@ -8,7 +8,8 @@
 namespace cs336::cuda {
 
 bool takes_many_rows(const LinearFewRowsParams& p) {
-  return p.format != WeightFormat::kLikeX && p.M > few_rows::rows_at_once(p.K, current_device().max_shared_bytes);
+  return p.format != WeightFormat::kLikeX &&
+         (p.K > kMostFeatures || p.M > few_rows::rows_at_once(p.K, current_device().max_shared_bytes));
 }
 
 void linear_many_rows(const LinearFewRowsParams& p, cudaStream_t stream) {
