@@ -41,8 +41,8 @@ struct Tile {
   static constexpr int kRows = 64 * kGroups;  // of weights
   static constexpr int kThreads = 128 * (kGroups + 1), kWarps = 4 * kGroups;
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 112;
-  static constexpr int kBatch = kGroups == 4 && kCols > 32 ? 2 : 4;  // products of 16 features between two waits
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 112;
+  static_assert(kGroups == 2 || kGroups == 4);
   static constexpr int kRowBytes = kFormat == WeightFormat::kInt4 ? 64 : 128;  // of weights, in a step
   static constexpr int kPanel = kCols * 64;                                    // elements of x: 64 features
   static constexpr int kWeightBytes = kRows * kRowBytes, kXBytes = 2 * kPanel * 2;
@@ -137,9 +137,8 @@ struct Consumer {
   using T = typename Tile::T;
   using Products = Wgmma<T, Tile::kCols>;
   using Sums = float[Tile::kCols / 2];
-  using Fragments = uint32_t[Tile::kBatch][4];
-  static constexpr int kBatches = kStepFeatures / 16 / Tile::kBatch;  // of a step
-  static_assert(kBatches % 2 == 0, "batches take turns at two sets of registers");
+  static constexpr int kBatch = 4;  // products of 16 features between two waits; a step has two batches
+  using Fragments = uint32_t[kBatch][4];
 
   const Args& a;
   typename Tile::Shared& shared;
@@ -185,7 +184,7 @@ struct Consumer {
     if constexpr (Tile::kFormat == WeightFormat::kInt4) {
       const uint32_t select = 0x4440 | lane % 4;
 #pragma unroll
-      for (int i = 0; i < Tile::kBatch; i += 2)
+      for (int i = 0; i < kBatch; i += 2)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint8_t* at = weights + (own ^ (kFirst + i) / 2 * 16) + h * 8 * Tile::kRowBytes;
@@ -199,7 +198,7 @@ struct Consumer {
       using From =
           std::conditional_t<Tile::kFormat == WeightFormat::kInt8, few_rows::FromInt8<T>, few_rows::FromFp8<T>>;
 #pragma unroll
-      for (int i = 0; i < Tile::kBatch; i++)
+      for (int i = 0; i < kBatch; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint8_t* at = weights + (own ^ (kFirst + i) * 16) + h * 8 * Tile::kRowBytes;
@@ -273,7 +272,7 @@ struct Consumer {
     const uint64_t x = x_tile + stage * descriptor_step(Tile::kXBytes);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < Tile::kBatch; i++) {
+    for (int i = 0; i < kBatch; i++) {
       const int at = kFirst + i;
       Products::template rs_add<Along::kColumns>(
           part, w[i], x + at / 4 * descriptor_step(Tile::kPanel * 2) + at % 4 * descriptor_step(32));
@@ -284,12 +283,9 @@ struct Consumer {
   // Products [kFirst, kFirst + kBatch) of a step: their weights are converted while those before still run.
   template <int kFirst>
   __device__ __forceinline__ void batch(Fragments& w, int before) {
-    bool new_group = false;
-    if constexpr (kFirst % 4 == 0) {
-      new_group = left <= 0;
-      if (new_group) take_zeros(), left += a.group;
-      left -= 64;
-    }
+    const bool new_group = left <= 0;
+    if (new_group) take_zeros(), left += a.group;
+    left -= 64;
     convert<kFirst>(w);
     wgmma_wait<0>(part);
     if (kFirst == 0 && before >= 0) release(before);
@@ -304,8 +300,7 @@ struct Consumer {
     for (int step = share.steps.first; step < share.steps.last; step++) {
       barrier_wait(&shared.full[stage], parity);
       batch<0>(w[0], before);
-      batch<Tile::kBatch>(w[1], before);
-      if constexpr (Tile::kBatch == 2) batch<4>(w[0], before), batch<6>(w[1], before);
+      batch<kBatch>(w[1], before);
       before = stage;
       if (++stage == Tile::kStages) stage = 0, parity ^= 1;
     }
